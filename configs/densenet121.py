@@ -46,6 +46,7 @@ def get_config(mode='finetune'):
     config.model = 'DenseNet121'  # 'DenseNet121' | 'DenseNet169' | 'DenseNet201'
     config.dtype = 'float32'  # 'float32' | 'bfloat16' computation; parameters and statistics stay float32
     config.batch_norm = 'train'  # 'train': batch statistics | 'frozen': the running ones, never updated
+    config.batch_norm_momentum = 0.97  # share of the old running statistics that a step keeps
     config.pretrained = 'imagenet'  # 'imagenet' | a .h5, .keras or .safetensors file | '' for random weights
 
     # The optimiser. Steps follow from epochs, the number of images and the batch size.
@@ -92,16 +93,19 @@ def get_config(mode='finetune'):
     if mode == 'frozen':
         config.num_epochs = 100.0
         config.batch_size = 128
+        config.freeze = '^(?!predictions)'
         config.learning_rate = 3e-4
         config.head_epochs = 0.0
         config.label_smoothing = 0.0
         config.eval_every_epochs = 10.0
     elif mode == 'scratch':
         config.pretrained = ''
+        config.batch_norm_momentum = 0.9  # random weights change fast, and running statistics must keep up
         config.head_epochs = 0.0
         config.head_multiplier = 1.0
     elif mode == 'demo':
         config.pretrained = ''
+        config.batch_norm_momentum = 0.9  # random weights change fast, and running statistics must keep up
         config.head_epochs = 0.0
         config.head_multiplier = 1.0
         config.image_size = 64

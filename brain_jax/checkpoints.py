@@ -1,0 +1,101 @@
+"""Checkpoints: the only module that knows orbax.
+
+A checkpoint holds `variables` (parameters and running statistics: all that a prediction needs), `training` (optimiser
+state and averaged parameters) and `progress` (a small JSON of what the host keeps).
+"""
+
+import os
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from brain_jax import InputError
+
+
+def open_checkpoints(workdir):
+    """Opens the checkpoints of a run, which are saved in the background: the two latest and the best are kept.
+
+    Args:
+      workdir: the run's folder.
+
+    Returns:
+      An orbax `CheckpointManager`; use it in a `with`, or close it. `best_step()` is the one with the lowest validation
+      loss, or the latest where none was validated.
+    """
+    policies = [
+        checkpoint_managers.LatestN(2),
+        checkpoint_managers.BestN(
+            get_metric_fn=lambda metrics: -metrics['loss'], n=1, keep_checkpoints_without_metrics=False
+        ),
+    ]
+    options = ocp.CheckpointManagerOptions(
+        best_fn=lambda metrics: metrics['loss'],
+        best_mode='min',
+        keep_checkpoints_without_metrics=True,
+        preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+        cleanup_tmp_directories=True,
+    )
+    return ocp.CheckpointManager(os.path.abspath(os.path.join(workdir, 'checkpoints')), options=options)
+
+
+def split_state(state):
+    """Returns the (variables, training) parts of a `TrainState`, as nested dictionaries."""
+    variables = {'params': state.params, 'batch_stats': state.batch_stats}
+    training = {'step': state.step, 'opt_state': state.opt_state, 'ema_params': state.ema_params}
+    return variables, training
+
+
+def save(manager, state, progress, validation=None):
+    """Starts to save a checkpoint at `state.step`; does nothing where that step is saved already.
+
+    Args:
+      manager: of `open_checkpoints`.
+      state: a `TrainState`.
+      progress: dictionary of numbers, for JSON.
+      validation: dictionary of scores with `loss`, after an evaluation.
+    """
+    step = int(state.step)
+    if step in manager.all_steps():
+        return
+    variables, training = split_state(state)
+    manager.save(
+        step,
+        args=ocp.args.Composite(
+            variables=ocp.args.StandardSave(variables),
+            training=ocp.args.StandardSave(training),
+            progress=ocp.args.JsonSave(progress),
+        ),
+        metrics=validation,
+        force=True,
+    )
+
+
+def restore(manager, state, step):
+    """Restores a checkpoint.
+
+    Args:
+      manager: of `open_checkpoints`.
+      state: a `TrainState` of arrays that tells shapes, types and shardings; it may lie on other devices than the saved
+        one did.
+      step: which one.
+
+    Returns:
+      The restored state and the progress dictionary.
+
+    Raises:
+      InputError: where the checkpoint does not fit the state.
+    """
+    variables, training = jax.tree.map(ocp.utils.to_shape_dtype_struct, split_state(state))
+    try:
+        restored = manager.restore(
+            step,
+            args=ocp.args.Composite(
+                variables=ocp.args.StandardRestore(variables),
+                training=ocp.args.StandardRestore(training),
+                progress=ocp.args.JsonRestore(),
+            ),
+        )
+    except (ValueError, KeyError, OSError) as error:
+        raise InputError(f'the checkpoint {manager.directory / str(step)} cannot be restored: {error}') from error
+    return state.replace(**restored.variables, **restored.training), restored.progress

@@ -1,0 +1,169 @@
+"""Any image file as one grey uint8 array: the only module that opens image files.
+
+Read are JPEG, PNG, BMP, TIFF and WebP, told apart by their bytes and not by the file's extension. Of several frames the
+first counts. Every failure is an `InputError` of one line that names the file.
+"""
+
+import io
+import os
+import pathlib
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from brain_jax import InputError
+
+_FORMATS = ('JPEG', 'PNG', 'BMP', 'TIFF', 'WEBP')
+_MAX_BYTES = 2**28  # a file's size
+_MAX_PIXELS = 2**26  # width times height, checked before a pixel is decoded
+_MAX_SIDE = 2**14  # pixels; bounds the square that pad_and_resize makes of a long, thin image
+
+
+def read_file(path):
+    """Returns the bytes of a file that may be an image.
+
+    Args:
+      path: the file.
+
+    Returns:
+      bytes.
+
+    Raises:
+      InputError: when it is not a regular file, too large, or cannot be read.
+    """
+    path = pathlib.Path(path)
+    try:
+        if not path.is_file():
+            raise InputError(f'{path}: not a file')
+        if path.stat().st_size > _MAX_BYTES:
+            raise InputError(f'{path}: larger than {_MAX_BYTES >> 20} MiB')
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f'{path}: {os.strerror(error.errno)}') from error
+
+
+def read_image(path):
+    """Returns the image in a file; see `decode_image`.
+
+    Args:
+      path: the file.
+
+    Returns:
+      uint8 [height, width] array of grey values.
+
+    Raises:
+      InputError: when the file cannot be read or is no valid image.
+    """
+    return decode_image(read_file(path), name=path)
+
+
+def decode_image(data, *, name='image'):
+    """Decodes an image file that is held in memory to grey values.
+
+    The EXIF orientation is applied, transparency is laid on black, and colour becomes luma (ITU-R 601). Grey values of
+    more than 8 bits are shifted down from the smallest depth of 8 to 16 bits that holds the largest of them, so 12-bit
+    data in a 16-bit file is not near black.
+
+    Args:
+      data: bytes of the file.
+      name: what to call it in an error.
+
+    Returns:
+      uint8 [height, width] array of grey values.
+
+    Raises:
+      InputError: when the data is no valid image, truncated, too large, or has float or over 16-bit pixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of odd metadata, which is not used, and of sizes, which are checked here. This context is not
+            # thread-safe, but all that threads could leave behind is this one filter.
+            warnings.filterwarnings('ignore', module=r'PIL\.')
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                _check_size(*image.size)
+                image.load()
+                return _to_grey(_upright(image))
+    except InputError as error:
+        raise InputError(f'{name}: {error}') from error
+    except UnidentifiedImageError as error:
+        reason = 'not a JPEG, PNG, BMP, TIFF or WebP image, or its header is damaged' if data else 'an empty file'
+        raise InputError(f'{name}: {reason}') from error
+    except Image.DecompressionBombError as error:
+        raise InputError(f'{name}: larger than {_MAX_PIXELS >> 20} megapixels') from error
+    except Exception as error:  # on hostile bytes Pillow's decoders raise nearly anything, SyntaxError included
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        raise InputError(f'{name}: cannot be decoded ({reason})') from error
+
+
+def encode_png(image):
+    """Returns an image as the bytes of a PNG file, without loss.
+
+    Args:
+      image: uint8 [height, width] array.
+
+    Returns:
+      bytes.
+    """
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format='PNG', compress_level=1)
+    return buffer.getvalue()
+
+
+def pad_and_resize(image, size):
+    """Pads an image with zeros to a centred square and resizes that with antialiasing.
+
+    Args:
+      image: uint8 [height, width] array.
+      size: side of the result in pixels.
+
+    Returns:
+      uint8 [size, size] array.
+    """
+    height, width = image.shape
+    side = max(height, width)
+    top, left = (side - height) // 2, (side - width) // 2
+    square = np.pad(image, ((top, side - height - top), (left, side - width - left)))
+    return np.asarray(Image.fromarray(square).resize((size, size), Image.Resampling.BILINEAR))
+
+
+def _check_size(width, height):
+    """Refuses an image that would take too much memory, or has no pixels."""
+    if width * height > _MAX_PIXELS:
+        raise InputError(f'{width}x{height}, larger than {_MAX_PIXELS >> 20} megapixels')
+    if max(width, height) > _MAX_SIDE:
+        raise InputError(f'{width}x{height}, a side longer than {_MAX_SIDE} pixels')
+    if min(width, height) < 1:
+        raise InputError(f'{width}x{height}, no pixels')
+
+
+def _upright(image):
+    """Applies the EXIF orientation; damaged EXIF is taken for none."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # the pixels are loaded, so this can only be the metadata
+        return image
+
+
+def _to_grey(image):
+    """Reduces a loaded Pillow image of any mode to a uint8 [height, width] array."""
+    if image.mode.startswith('I'):
+        return _to_eight_bits(np.asarray(image))
+    if image.mode == 'F':
+        raise InputError('floating-point pixels; save it as 8- or 16-bit grey')
+    if image.has_transparency_data:
+        image = image.convert('RGBA')
+        black = Image.new('RGB', image.size)
+        black.paste(image, mask=image.getchannel('A'))
+        image = black
+    elif image.mode not in ('1', 'L'):
+        image = image.convert('RGB')  # palettes, CMYK and YCbCr have no direct way to grey
+    return np.array(image.convert('L'))
+
+
+def _to_eight_bits(values):
+    """Shifts unsigned values of up to 16 bits into uint8 by the depth that their maximum needs."""
+    largest = int(values.max())
+    if values.min() < 0 or largest >= 2**16:
+        raise InputError('pixels outside 0..65535; save it as 8- or 16-bit grey')
+    return (values >> max(largest.bit_length() - 8, 0)).astype(np.uint8)

@@ -1,0 +1,43 @@
+"""Trains and evaluates a DenseNet on brain-MRI images.
+
+This file is short on purpose: the logic is in `brain_jax.train`, where it can be imported and tested.
+"""
+
+import os
+import sys
+
+# TensorFlow reads these on import. It only reads data and writes logs here, and has nothing to tell about that.
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
+
+import jax
+import tensorflow as tf
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from brain_jax import InputError, train
+
+FLAGS = flags.FLAGS
+
+config_flags.DEFINE_config_file('config', None, 'File and mode of the configuration.', lock_config=True)
+flags.DEFINE_string('workdir', None, "The run's folder: checkpoints, logs, summary. Default: runs/MODE.")
+flags.mark_flags_as_required(['config'])
+
+
+def main(argv):
+    """Runs the training that the flags describe."""
+    if len(argv) > 1:
+        raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
+    logging.set_verbosity(logging.INFO)
+    # Orbax reports every file it touches.
+    logging.get_absl_handler().addFilter(lambda record: 'orbax' not in record.pathname or record.levelno > 20)
+    tf.config.set_visible_devices([], 'GPU')  # else TensorFlow takes the memory that JAX needs
+    logging.info('JAX devices: %s', ', '.join(str(device) for device in jax.devices()))
+    try:
+        train.train_and_evaluate(FLAGS.config, FLAGS.workdir or os.path.join('runs', FLAGS.config.mode))
+    except InputError as error:
+        sys.exit(f'error: {error}')
+
+
+if __name__ == '__main__':
+    app.run(main)
