@@ -42,11 +42,13 @@ def augment_image(key, image, config):
     size = jnp.array(image.shape, jnp.float32)
     centre = (size - 1) / 2
     rows, columns = jnp.meshgrid(*[jnp.arange(n, dtype=jnp.float32) for n in image.shape], indexing='ij')
-    output = jnp.stack([rows - centre[0], columns - centre[1]])
-    source = jnp.einsum('ij,jhw->ihw', matrix, output) + (centre + offset * size)[:, None, None]
-    image = map_coordinates(image, list(source), order=1, mode='constant', cval=0.0)
+    rows, columns = rows - centre[0], columns - centre[1]
+    # Spelt out: accelerators round the factors of a matrix product to 11 bits or fewer, and would miss the pixel.
+    source = [m[0] * rows + m[1] * columns + c for m, c in zip(matrix, centre + offset * size, strict=True)]
+    image = map_coordinates(image, source, order=1, mode='constant', cval=0.0)
     mean = jnp.mean(image)
-    image = mean + (image - mean) * jax.random.uniform(contrast, minval=1 - config.contrast, maxval=1 + config.contrast)
+    share = jax.random.uniform(contrast, minval=1 - config.contrast, maxval=1 + config.contrast)
+    image = share * image + (1 - share) * mean  # the image itself, to the bit, where the share is 1
     factor = jax.random.uniform(brightness, minval=1 - config.brightness, maxval=1 + config.brightness)
     return jnp.clip(image * factor, 0, 255)
 

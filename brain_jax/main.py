@@ -24,20 +24,40 @@ flags.DEFINE_string('workdir', None, "The run's folder: checkpoints, logs, summa
 flags.mark_flags_as_required(['config'])
 
 
+def parse_flags(argv):
+    """Parses the command line; ends with one line where it, or the configuration it names, is wrong."""
+    try:
+        arguments = FLAGS(argv)
+        FLAGS.config.lock()  # a file that is not there is noticed on first use only
+    except (flags.Error, AttributeError, OSError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()  # above it may stand a stack trace
+        if isinstance(error, AttributeError):  # of ml_collections, around a KeyError
+            reason = f'the configuration has no field {" ".join(str(error.args[0].args[0]).split())}'
+        sys.exit(f'error: {reason}')
+    return arguments
+
+
+def quieten(handler):
+    """Drops what libraries tell about their inner life: Orbax of every file, CLU of progress a second time."""
+    chatty = ('/orbax/', '/clu/platform/', '/jax/_src/')
+    handler.addFilter(
+        lambda record: record.levelno > logging.converter.STANDARD_INFO or not any(x in record.pathname for x in chatty)
+    )
+
+
 def main(argv):
     """Runs the training that the flags describe."""
     if len(argv) > 1:
-        raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
+        sys.exit(f'error: unexpected arguments: {" ".join(argv[1:])}')
     logging.set_verbosity(logging.INFO)
-    # Orbax reports every file it touches.
-    logging.get_absl_handler().addFilter(lambda record: 'orbax' not in record.pathname or record.levelno > 20)
+    quieten(logging.get_absl_handler())
     tf.config.set_visible_devices([], 'GPU')  # else TensorFlow takes the memory that JAX needs
     logging.info('JAX devices: %s', ', '.join(str(device) for device in jax.devices()))
     try:
         train.train_and_evaluate(FLAGS.config, FLAGS.workdir or os.path.join('runs', FLAGS.config.mode))
-    except InputError as error:
+    except (InputError, FloatingPointError) as error:
         sys.exit(f'error: {error}')
 
 
 if __name__ == '__main__':
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

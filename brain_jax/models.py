@@ -163,7 +163,8 @@ class DenseNet(nn.Module):
 
         Returns:
           logits: float32 [batch, num_classes]; with `return_features` a tuple of them and the dictionary
-            `feature_map`: [batch, height // 32, width // 32, channels] and `pooled`: float32 [batch, channels].
+            `feature_map`: [batch, (height + 3) // 32, (width + 3) // 32, channels] and
+            `pooled`: float32 [batch, channels].
         """
         if self.batch_norm not in ('train', 'frozen'):
             raise ValueError(f"batch_norm is {self.batch_norm!r}: use 'train' or 'frozen'")
@@ -189,7 +190,7 @@ class DenseNet(nn.Module):
                 )
                 x = feature_map(squeeze(y))
         features = norm(name='bn')(x)
-        pooled = jnp.mean(features.astype(jnp.float32), axis=(1, 2))
+        pooled = jnp.mean(features, axis=(1, 2), dtype=jnp.promote_types(features.dtype, jnp.float32))
         logits = nn.Dense(self.num_classes, name='predictions')(pooled)
         return (logits, {'feature_map': features, 'pooled': pooled}) if return_features else logits
 
@@ -197,3 +198,6 @@ class DenseNet(nn.Module):
 DenseNet121 = partial(DenseNet, stage_sizes=(6, 12, 24, 16))
 DenseNet169 = partial(DenseNet, stage_sizes=(6, 12, 32, 32))
 DenseNet201 = partial(DenseNet, stage_sizes=(6, 12, 48, 32))
+
+# Used for testing only.
+_DenseNetTiny = partial(DenseNet, stage_sizes=(1, 2, 1, 1), growth_rate=8)

@@ -35,7 +35,8 @@ def create_schedule(config, total_steps):
         decay = optax.exponential_decay(peak, decay_steps, config.final_fraction)
     elif config.schedule == 'piecewise':
         steps = [max(1, round(fraction * total_steps) - warmup_steps) for fraction in config.boundaries]
-        decay = optax.piecewise_constant_schedule(peak, dict.fromkeys(steps, config.boundary_scale))
+        scales = {step: config.boundary_scale ** steps.count(step) for step in steps}  # a short run may merge some
+        decay = optax.piecewise_constant_schedule(peak, scales)
     elif config.schedule == 'constant':
         decay = optax.constant_schedule(peak)
     else:

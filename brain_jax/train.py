@@ -6,18 +6,13 @@ random ones.
 
 import dataclasses
 import functools
-import hashlib
-import importlib.metadata
 import json
-import operator
-import os
 import pathlib
 import sys
 import time
 from typing import Any
 
 import flax.linen as nn
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +22,7 @@ from absl import logging
 from clu import metric_writers, parameter_overview, periodic_actions
 from flax.training import train_state
 
-from brain_jax import InputError, augment, checkpoints, metrics, models, optimizer, parallel, pretrained
+from brain_jax import InputError, augment, checkpoints, metrics, models, optimizer, parallel, pretrained, run_folder
 from brain_jax.data import phantom, pipeline
 
 PROGRESS = {'best_loss': None, 'evaluations_since_best': 0, 'wall_seconds': 0.0}  # what the host keeps
@@ -47,15 +42,14 @@ class TrainState(train_state.TrainState):
 
 def create_model(config, num_classes):
     """Returns the network of the configuration."""
-    networks = {'DenseNet121': models.DenseNet121, 'DenseNet169': models.DenseNet169, 'DenseNet201': models.DenseNet201}
     for field, allowed in (
-        ('model', networks),
+        ('model', ('DenseNet121', 'DenseNet169', 'DenseNet201', '_DenseNetTiny')),
         ('dtype', ('float32', 'bfloat16')),
         ('batch_norm', ('train', 'frozen')),
     ):
         if config[field] not in allowed:
-            raise InputError(f'{field} is {config[field]!r}: use one of {", ".join(allowed)}')
-    return networks[config.model](
+            raise InputError(f'{field} is {config[field]!r}: use {" or ".join(allowed[:3])}')
+    return getattr(models, config.model)(
         num_classes=num_classes,
         dtype=jnp.dtype(config.dtype),
         batch_norm=config.batch_norm,
@@ -158,13 +152,13 @@ def make_train_step(model, config, class_weights, mesh):
         if config.ema_decay:
             ema_params = optax.incremental_update(state.params, state.ema_params, 1 - config.ema_decay)
             state = state.replace(ema_params=ema_params)
-        gradient_norm = optax.global_norm(grads)
+        gradient_norm = optax.tree.norm(grads)
         update = metrics.TrainMetrics.single_from_model_output(
             loss=losses,
             correct=(jnp.argmax(logits, -1) == jnp.argmax(targets, -1)).astype(jnp.float32),
             gradient_norm=gradient_norm,
         )
-        health = jnp.stack([jnp.mean(losses), gradient_norm, optax.global_norm((state.params, state.batch_stats))])
+        health = jnp.stack([jnp.mean(losses), gradient_norm, optax.tree.norm((state.params, state.batch_stats))])
         return state, update, health
 
     everywhere = parallel.replicated(mesh)
@@ -186,11 +180,11 @@ def make_eval_step(model, config, mesh):
 
 
 def make_feature_step(model, mesh):
-    """Returns the compiled function (variables, image uint8 [batch, size, size]) -> float32 [batch, channels]."""
+    """Returns the compiled function (variables, batch) -> pooled features float32 [batch, channels], index."""
 
-    def feature_step(variables, images):
-        _, features = model.apply(variables, models.normalize(images), return_features=True)
-        return features['pooled']
+    def feature_step(variables, batch):
+        _, features = model.apply(variables, models.normalize(batch['image']), return_features=True)
+        return features['pooled'], batch['index']
 
     return jax.jit(feature_step, out_shardings=parallel.replicated(mesh))
 
@@ -229,9 +223,8 @@ def extract_features(model, state, dataset, config, mesh):
         batches = process_batches(examples, config, mesh)
         count = -(-len(examples) // config.eval_batch_size)
         for batch in tqdm.tqdm(batches, f'Features of {split}', total=count, unit=' batches', disable=None):
-            index = jax.device_put(batch['index'], parallel.replicated(mesh))
-            pooled = np.asarray(feature_step(variables, batch['image']))
-            features[np.asarray(index)[np.asarray(index) >= 0]] = pooled[np.asarray(index) >= 0]
+            pooled, index = jax.tree.map(np.asarray, feature_step(variables, batch))
+            features[index[index >= 0]] = pooled[index >= 0]
         splits[split] = dataclasses.replace(examples, images=features)
         logging.info('features of %s: %d images', split, len(examples))
     return dataset._replace(**splits)
@@ -240,94 +233,6 @@ def extract_features(model, state, dataset, config, mesh):
 def is_due(step, every, last):
     """Tells whether something done every so many steps, and after the last, is done after `step` steps."""
     return step % every == 0 or step == last
-
-
-def describe_run(config, dataset, weights_sha256):
-    """Returns what a run is, for its folder: configuration, classes, preprocessing, data and versions."""
-    packages = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow-datasets', 'numpy', 'ml-collections', 'clu')
-    return {
-        'config': config.to_dict(),
-        'class_names': list(dataset.class_names),
-        'preprocessing': {
-            'channels': 'grey',
-            'pad': 'black, to a centred square',
-            'resize': 'antialiased bilinear',
-            'image_size': config.image_size,
-            'scale': 1 / 255,
-            'mean': models.IMAGENET_MEAN,
-            'standard_deviation': models.IMAGENET_STANDARD_DEVIATION,
-        },
-        'dataset': dataset.name,
-        'split_sha256': dataset.split_sha256,
-        'weights_sha256': weights_sha256,
-        'versions': {package: importlib.metadata.version(package) for package in packages},
-    }
-
-
-def config_hash(config):
-    """Returns the SHA-256 of the resolved configuration, as JSON with sorted keys."""
-    return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()
-
-
-def write_json(path, value):
-    """Writes a JSON file that is whole or not there."""
-    temporary = path.with_suffix('.tmp')
-    temporary.write_text(json.dumps(value, indent=2) + '\n')
-    os.replace(temporary, path)
-
-
-def check_workdir(config, workdir):
-    """Raises `InputError` where the folder holds a run of another configuration, and names the fields that differ."""
-    run_file = workdir / 'run.json'
-    if workdir.exists() and not workdir.is_dir():
-        raise InputError(f'the workdir {workdir} is a file: give a folder')
-    if not run_file.exists():
-        return
-    flatten = functools.partial(flax.traverse_util.flatten_dict, sep='.')
-    old = flatten(json.loads(run_file.read_text())['config'])
-    new = flatten(json.loads(json.dumps(config.to_dict())))  # as JSON has it: tuples are lists there
-    differences = [
-        f'{field}: {old.get(field)!r} there, {new.get(field)!r} now'
-        for field in sorted(old.keys() | new.keys())
-        if old.get(field) != new.get(field)
-    ]
-    if differences:
-        raise InputError(
-            f'the workdir {workdir} belongs to another configuration ({"; ".join(differences)}); '
-            'give the same configuration to go on with it, or another --workdir'
-        )
-
-
-def check_config(config):
-    """Raises `InputError` for values that no run can use."""
-    modes = ('finetune', 'frozen', 'scratch', 'demo')
-    rules = [
-        (config.mode in modes, 'mode', f'one of {", ".join(modes)}'),
-        (0 <= config.seed < 2**32, 'seed', 'an integer from 0 to 2**32 - 1'),
-        (config.num_epochs > 0, 'num_epochs', 'more than 0'),
-        (config.batch_size > 0, 'batch_size', 'at least 1'),
-        (config.eval_batch_size > 0, 'eval_batch_size', 'at least 1'),
-        (config.gradient_accumulation > 0, 'gradient_accumulation', 'at least 1'),
-        (config.image_size >= 32, 'image_size', 'at least 32 pixels'),
-        (config.learning_rate > 0, 'learning_rate', 'more than 0'),
-        (0 <= config.warmup_fraction < 1, 'warmup_fraction', 'at least 0 and less than 1'),
-        (0 <= config.label_smoothing < 1, 'label_smoothing', 'at least 0 and less than 1'),
-        (0 <= config.ema_decay < 1, 'ema_decay', 'at least 0 and less than 1'),
-        (config.mixup >= 0, 'mixup', 'at least 0'),
-        (0 <= config.augment.zoom < 1, 'augment.zoom', 'at least 0 and less than 1'),
-        (config.class_weights in ('none', 'balanced'), 'class_weights', "'none' or 'balanced'"),
-        (config.log_every_steps > 0, 'log_every_steps', 'at least 1'),
-        (config.checkpoint_every_steps > 0, 'checkpoint_every_steps', 'at least 1'),
-        (config.eval_every_epochs > 0, 'eval_every_epochs', 'more than 0'),
-        (
-            not config.early_stopping or config.validation_fraction,
-            'early_stopping',
-            '0 where validation_fraction is 0: nothing tells when to stop',
-        ),
-    ]
-    for holds, field, wanted in rules:
-        if not holds:
-            raise InputError(f'config.{field} is {operator.attrgetter(field)(config)!r}: give {wanted}')
 
 
 def load_data(config, workdir):
@@ -343,9 +248,10 @@ def load_data(config, workdir):
     return pipeline.load_dataset(config)
 
 
-def balanced_weights(labels, num_classes):
-    """Returns loss weights float32 [classes] under which every class counts alike, with mean 1 over the images."""
-    return len(labels) / (num_classes * np.bincount(labels, minlength=num_classes))
+def balanced_weights(dataset):
+    """Returns loss weights float [classes] under which every class counts alike; their mean over the images is 1."""
+    counts = np.bincount(dataset.train.labels, minlength=len(dataset.class_names))
+    return len(dataset.train) / (len(counts) * counts)
 
 
 def create_writer(workdir):
@@ -364,12 +270,7 @@ def write_scores(writer, step, split, scores, confusion, class_names):
     writer.write_images(step, {f'{split}_confusion': metrics.draw_confusion(confusion, class_names)})
     logging.info(
         'step %d, %s: accuracy %.2f %%, macro F1 %.4f, loss %.4f, %d images',
-        step,
-        split,
-        100 * scores['accuracy'],
-        scores['macro_f1'],
-        scores['loss'],
-        scores['n'],
+        *(step, split, 100 * scores['accuracy'], scores['macro_f1'], scores['loss'], scores['n']),
     )
 
 
@@ -412,7 +313,7 @@ def train(
     manager,
     writer,
     progress,
-    seconds_so_far,
+    start_time,
 ):
     """Runs the training loop from `state.step` to `total_steps`, or until early stopping.
 
@@ -428,7 +329,7 @@ def train(
       manager: of `checkpoints.open_checkpoints`.
       writer: a CLU `MetricWriter`.
       progress: as the last checkpoint holds it, or `PROGRESS`.
-      seconds_so_far: function that tells the run's age, for the checkpoints.
+      start_time: of the run, on the monotonic clock, less pauses.
 
     Returns:
       The last state.
@@ -436,7 +337,9 @@ def train(
     Raises:
       FloatingPointError: when the loss, a gradient or a parameter is no longer finite.
     """
-    start_step, log_time = int(state.step), time.monotonic()
+    if config.early_stopping and progress['evaluations_since_best'] >= config.early_stopping:
+        return state  # the run was stopped early before it was resumed
+    start_step = int(state.step)
     eval_every = max(1, round(config.eval_every_epochs * len(dataset.train) / config.batch_size))
     hooks = [periodic_actions.ReportProgress(num_train_steps=total_steps, writer=writer)]
     if config.profile:
@@ -446,10 +349,9 @@ def train(
         process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
     batches = pipeline.prefetch(batches, parallel.split_over_data(mesh))
-    if config.early_stopping and progress['evaluations_since_best'] >= config.early_stopping:
-        return state  # stopped early before the run was resumed
     bar = tqdm.tqdm(batches, 'Training', total_steps, initial=start_step, unit=' steps', disable=None)
     collected, last_health = None, None
+    log_step, log_time = start_step, time.monotonic()
     for step, batch in enumerate(bar, start_step + 1):
         if step == 1 and config.mode != 'frozen':
             write_augmented(writer, 0, config, batch)
@@ -463,21 +365,23 @@ def train(
             hook(step)
         if is_due(step, config.log_every_steps, total_steps):
             values = {name: float(value) for name, value in collected.compute().items()}
-            seconds, log_time, collected = time.monotonic() - log_time, time.monotonic(), None
-            images = config.batch_size * ((step - start_step - 1) % config.log_every_steps + 1)
-            values |= {'learning_rate': float(schedule(step - 1)), 'images_per_second': images / seconds}
+            speed = config.batch_size * (step - log_step) / (time.monotonic() - log_time)
+            values |= {'learning_rate': float(schedule(step - 1)), 'images_per_second': speed}
             writer.write_scalars(step, {f'train_{name}': value for name, value in values.items()})
             bar.set_postfix(loss=f'{values["loss"]:.3f}', accuracy=f'{values["accuracy"]:.3f}', refresh=False)
+            collected, log_step, log_time = None, step, time.monotonic()
         validation = None
         if dataset.validation is not None and is_due(step, eval_every, total_steps):
             check_health(step, health, manager)
+            pause_time = time.monotonic()
             validation, confusion = evaluate(eval_step, state, dataset.validation, config, mesh)
             write_scores(writer, step, 'validation', validation, confusion, dataset.class_names)
             progress = update_progress(progress, validation)
+            log_time += time.monotonic() - pause_time  # evaluation is no part of the training speed
         stop = config.early_stopping and progress['evaluations_since_best'] >= config.early_stopping
         if validation or stop or is_due(step, config.checkpoint_every_steps, total_steps):
             check_health(step, health, manager)
-            checkpoints.save(manager, state, progress | {'wall_seconds': seconds_so_far()}, validation)
+            checkpoints.save(manager, state, progress | {'wall_seconds': time.monotonic() - start_time}, validation)
         if stop:
             logging.info('step %d: stopped early', step)
             break
@@ -486,6 +390,7 @@ def train(
 
 def final_scores(config, state, dataset, mesh, eval_step, manager, writer):
     """Evaluates the best checkpoint on validation and, for the first and only time, on the test split."""
+    manager.wait_until_finished()
     best_step = manager.best_step()
     if best_step is not None and best_step != int(state.step):
         state, _ = checkpoints.restore(manager, state, best_step)
@@ -494,8 +399,17 @@ def final_scores(config, state, dataset, mesh, eval_step, manager, writer):
         examples = getattr(dataset, split)
         if examples is not None:
             scores[split], confusion = evaluate(eval_step, state, examples, config, mesh)
-            write_scores(writer, int(state.step), f'final_{split}', scores[split], confusion, dataset.class_names)
+            tag = {'validation': 'best_validation', 'test': 'test'}[split]
+            write_scores(writer, int(state.step), tag, scores[split], confusion, dataset.class_names)
     return scores | {'best_step': int(state.step)}
+
+
+def start_log(writer, config, state):
+    """Writes what is known before the first step: the configuration and the parameters."""
+    writer.write_hparams(run_folder.hyperparameters(config))
+    table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+    writer.write_texts(0, {'parameters': f'```\n{table}\n```'})
+    logging.info('%d parameters', parameter_overview.count_parameters(state.params))
 
 
 def train_and_evaluate(config, workdir):
@@ -517,11 +431,11 @@ def train_and_evaluate(config, workdir):
     start_time = time.monotonic()
     workdir = pathlib.Path(workdir)
     mesh = parallel.make_mesh()
-    check_config(config)
+    run_folder.check_config(config)
     parallel.check_batch_sizes(config, mesh)
-    check_workdir(config, workdir)
+    run_folder.check_workdir(config, workdir)
     if (workdir / 'summary.json').exists():
-        logging.info('%s is finished already', workdir)
+        logging.info('%s is finished: its summary.json stands', workdir)
         return json.loads((workdir / 'summary.json').read_text())
 
     dataset = load_data(config, workdir)
@@ -531,54 +445,42 @@ def train_and_evaluate(config, workdir):
     state, schedule, weights_sha256 = create_train_state(
         config, model, mesh, total_steps=total_steps, steps_per_epoch=steps_per_epoch
     )
-    run = describe_run(config, dataset, weights_sha256)
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(workdir / 'run.json', run)
+    run = run_folder.describe_run(config, dataset, weights_sha256)
+    run_folder.write_run(workdir / 'run.json', run)
     if config.mode == 'frozen':
         dataset = extract_features(model, state, dataset, config, mesh)
 
     writer = create_writer(workdir)
     with checkpoints.open_checkpoints(workdir) as manager, metric_writers.ensure_flushes(writer):
         progress = PROGRESS
-        if manager.latest_step() is not None:
+        if manager.latest_step() is None:
+            start_log(writer, config, state)
+        else:
             state, progress = checkpoints.restore(manager, state, manager.latest_step())
             logging.info('going on from step %d of %d in %s', state.step, total_steps, workdir)
-        else:
-            writer.write_hparams(hyperparameters(config))
-            parameter_overview.log_parameter_overview(state.params, include_stats=False)
-        earlier = progress['wall_seconds']
-
-        def seconds_so_far():
-            return earlier + time.monotonic() - start_time
-
-        weights = np.ones(model.num_classes)
-        if config.class_weights == 'balanced':
-            weights = balanced_weights(dataset.train.labels, model.num_classes)
+        start_time -= progress['wall_seconds']  # what the run has taken before it was stopped
+        weights = balanced_weights(dataset) if config.class_weights == 'balanced' else np.ones(model.num_classes)
         eval_step = make_eval_step(model, config, mesh)
         state = train(
-            config, state, dataset, mesh,
-            train_step=make_train_step(model, config, weights, mesh), eval_step=eval_step,
-            schedule=schedule, total_steps=total_steps,
-            manager=manager, writer=writer, progress=progress, seconds_so_far=seconds_so_far,
-        )  # fmt: skip
+            *(config, state, dataset, mesh),
+            train_step=make_train_step(model, config, weights, mesh),
+            eval_step=eval_step,
+            schedule=schedule,
+            total_steps=total_steps,
+            manager=manager,
+            writer=writer,
+            progress=progress,
+            start_time=start_time,
+        )
         scores = final_scores(config, state, dataset, mesh, eval_step, manager, writer)
 
     summary = scores | {
         'steps': int(state.step),
-        'wall_seconds': round(seconds_so_far(), 1),
+        'wall_seconds': round(time.monotonic() - start_time, 1),
         'mode': config.mode,
-        'dataset': dataset.name,
-        'config_sha256': config_hash(config),
-        'split_sha256': dataset.split_sha256,
-        'weights_sha256': weights_sha256,
+        'config_sha256': run_folder.config_hash(config),
+        **{name: run[name] for name in ('dataset', 'split_sha256', 'weights_sha256')},
     }
-    if jax.process_index() == 0:
-        write_json(workdir / 'summary.json', summary)
+    run_folder.write_json(workdir / 'summary.json', summary)
     logging.info('wrote %s; see the curves with: tensorboard --logdir %s', workdir / 'summary.json', workdir)
     return summary
-
-
-def hyperparameters(config):
-    """Returns the configuration as TensorBoard takes it: flat, and numbers, strings and booleans only."""
-    flat = flax.traverse_util.flatten_dict(config.to_dict(), sep='.')
-    return {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in flat.items()}

@@ -1,0 +1,363 @@
+"""Whole runs of a tiny network on a generated dataset."""
+
+import json
+import os
+import pathlib
+import runpy
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn import metrics as sklearn_metrics
+from tensorboard.backend.event_processing import event_accumulator
+
+from brain_jax import InputError, checkpoints, models, parallel, train
+from brain_jax.data import phantom, pipeline
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+get_config = runpy.run_path(str(REPOSITORY / 'configs/densenet121.py'))['get_config']
+TINY = {
+    'model': '_DenseNetTiny',
+    'pretrained': '',
+    'image_size': 32,
+    'batch_size': 16,
+    'eval_batch_size': 24,
+    'num_epochs': 2.0,
+    'validation_fraction': 0.25,
+    'log_every_steps': 2,
+    'checkpoint_every_steps': 2,
+}
+
+
+@pytest.fixture(scope='session')
+def data(tmp_path_factory):
+    """Folders of 64 training and 20 test images, and the flags' values that name them."""
+    folder = tmp_path_factory.mktemp('data')
+    phantom.make_phantom(folder / 'phantom', train_per_class=16, test_per_class=5, image_size=32)
+    return {'data_dir': str(folder / 'phantom'), 'prepared_dir': str(folder / 'prepared')}
+
+
+def make_config(data, mode='scratch', **changes):
+    config = get_config(mode)
+    config.update({**TINY, **data, **changes})
+    return config.lock()
+
+
+def run(config, workdir):
+    """Trains; returns the summary, and the variables of the checkpoint that it was measured on."""
+    summary = train.train_and_evaluate(config, workdir)
+    return summary, load_variables(config, workdir, summary['best_step'])
+
+
+def load_variables(config, workdir, step):
+    mesh = parallel.make_mesh()
+    model = train.create_model(config, 4)
+    state, _, _ = train.create_train_state(config, model, mesh, total_steps=6, steps_per_epoch=3.0)
+    with checkpoints.open_checkpoints(workdir) as manager:
+        state, _ = checkpoints.restore(manager, state, step)
+    return {'params': state.eval_params, 'batch_stats': state.batch_stats}
+
+
+def assert_trees_equal(first, second):
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def read_scalars(workdir):
+    """Returns what TensorBoard would show: {tag: [(step, value), ...]}, and the tags of the images."""
+    events = event_accumulator.EventAccumulator(str(workdir), {event_accumulator.TENSORS: 0, 'images': 0})
+    events.Reload()
+    scalars, images = {}, []
+    for tag in events.Tags()['tensors']:
+        values = events.Tensors(tag)
+        if values[0].tensor_proto.tensor_shape.dim:
+            images.append(tag)
+        else:
+            scalars[tag] = [(value.step, value.tensor_proto.float_val[0]) for value in values]
+    return scalars, images
+
+
+@pytest.fixture(scope='session')
+def finished(data, tmp_path_factory):
+    """One finished run: configuration, workdir, summary, variables."""
+    config = make_config(data, ema_decay=0.5, class_weights='balanced', mixup=0.2, gradient_accumulation=2)
+    workdir = tmp_path_factory.mktemp('run')
+    return config, workdir, *run(config, workdir)
+
+
+def test_summary_holds_the_scores_of_the_best_checkpoint(finished):
+    config, workdir, summary, variables = finished
+    assert json.loads((workdir / 'summary.json').read_text()) == summary
+    assert summary['steps'] == 6 and summary['mode'] == 'scratch' and summary['weights_sha256'] == ''
+    assert all(len(summary[name]) == 64 for name in ('config_sha256', 'split_sha256'))
+    dataset = pipeline.load_dataset(config)
+    model = train.create_model(config, 4)
+    for split in ('validation', 'test'):
+        examples = getattr(dataset, split)
+        images = np.stack([row['image'] for row in examples])
+        probabilities = np.asarray(jax.nn.softmax(model.apply(variables, models.normalize(images))), np.float64)
+        probabilities /= probabilities.sum(axis=1, keepdims=True)
+        predicted = probabilities.argmax(axis=1)
+        assert summary[split]['n'] == len(examples)
+        assert summary[split]['accuracy'] == pytest.approx(sklearn_metrics.accuracy_score(examples.labels, predicted))
+        expected = sklearn_metrics.f1_score(examples.labels, predicted, average='macro', zero_division=0)
+        assert summary[split]['macro_f1'] == pytest.approx(expected)
+        expected = sklearn_metrics.log_loss(examples.labels, probabilities, labels=range(4))
+        assert summary[split]['loss'] == pytest.approx(expected, rel=1e-4)
+
+
+def test_tensorboard_shows_the_run(finished):
+    _, workdir, summary, _ = finished
+    scalars, images = read_scalars(workdir)
+    for name in ('loss', 'accuracy', 'gradient_norm', 'learning_rate', 'images_per_second'):
+        assert [step for step, _ in scalars[f'train_{name}']] == [2, 4, 6]
+    assert [step for step, _ in scalars['validation_loss']] == [3, 6]
+    assert scalars['test_accuracy'] == [(summary['best_step'], pytest.approx(summary['test']['accuracy']))]
+    assert {'augmented', 'validation_confusion', 'test_confusion'} <= set(images)
+
+
+def test_run_folder_tells_what_a_prediction_needs(finished):
+    config, workdir, summary, _ = finished
+    told = json.loads((workdir / 'run.json').read_text())
+    assert told['class_names'] == ['glioma', 'meningioma', 'notumor', 'pituitary']
+    assert told['config']['batch_size'] == config.batch_size
+    assert told['preprocessing']['mean'] == [0.485, 0.456, 0.406]  # of Keras' preprocess_input, mode 'torch'
+    assert told['split_sha256'] == summary['split_sha256']
+
+
+def test_latest_and_best_checkpoints_are_kept(finished):
+    _, workdir, summary, _ = finished
+    steps = {int(folder.name) for folder in (workdir / 'checkpoints').iterdir()}
+    scalars, _ = read_scalars(workdir)
+    best_step = min(scalars['validation_loss'], key=lambda pair: pair[1])[0]
+    assert summary['best_step'] == best_step
+    assert steps == {4, 6, best_step}
+
+
+def test_finished_run_is_not_run_again(finished):
+    config, workdir, summary, _ = finished
+    before = (workdir / 'summary.json').stat().st_mtime_ns
+    assert train.train_and_evaluate(config, workdir) == summary
+    assert (workdir / 'summary.json').stat().st_mtime_ns == before
+
+
+def test_one_seed_gives_one_result_and_another_another(finished, data, tmp_path):
+    config, _, _, variables = finished
+    assert_trees_equal(run(config, tmp_path / 'same')[1], variables)
+    other = config.copy_and_resolve_references()
+    other.seed = 1
+    kernel = run(other, tmp_path / 'other')[1]['params']['conv1_conv']['kernel']
+    assert not np.array_equal(kernel, variables['params']['conv1_conv']['kernel'])
+
+
+def command(config_changes, workdir):
+    flags = [f'--config.{name}={value}' for name, value in config_changes.items()]
+    config = REPOSITORY / 'configs/densenet121.py:scratch'
+    return [sys.executable, '-m', 'brain_jax.main', f'--config={config}', f'--workdir={workdir}', *flags]
+
+
+def test_killed_run_goes_on_as_if_it_never_stopped(data, tmp_path):
+    changes = TINY | data | {'num_epochs': 20.0}
+    killed = subprocess.Popen(command(changes, tmp_path / 'killed'), cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not list((tmp_path / 'killed').glob('checkpoints/[0-9]*')):
+        assert killed.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert not (tmp_path / 'killed/summary.json').exists()
+
+    config = make_config(data, num_epochs=20.0)
+    summary, variables = run(config, tmp_path / 'killed')
+    assert summary['steps'] == 60
+    expected_summary, expected = run(config, tmp_path / 'whole')
+    assert_trees_equal(variables, expected)
+    assert summary['test'] == expected_summary['test']
+
+
+def test_eight_devices_do_what_one_does(data, tmp_path):
+    changes = {'optimizer': 'sgd', 'learning_rate': 0.05, 'batch_size': 16, 'eval_batch_size': 16, 'num_epochs': 1.0}
+    environment = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
+    subprocess.run(
+        command(TINY | data | changes, tmp_path / 'eight'), cwd=REPOSITORY, check=True, env=environment,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    config = make_config(data, **changes)
+    summary, variables = run(config, tmp_path / 'one')
+    eight = json.loads((tmp_path / 'eight/summary.json').read_text())
+    assert eight['test']['loss'] == pytest.approx(summary['test']['loss'], rel=1e-3)
+    # Saved by eight devices, restored on one.
+    eight_variables = load_variables(config, tmp_path / 'eight', eight['best_step'])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), eight_variables, variables)
+
+
+def make_batch(rng, count=8):
+    return {
+        'image': rng.integers(0, 256, (count, 32, 32), np.uint8),
+        'label': np.arange(count, dtype=np.int32) % 4,
+        'mask': np.ones(count, bool),
+        'index': np.arange(count, dtype=np.int32),
+    }
+
+
+def one_step(config, batch, class_weights=(1, 1, 1, 1)):
+    """Returns the variables before, and the state and metrics after one step."""
+    mesh = parallel.make_mesh()
+    model = train.create_model(config, 4)
+    state, _, _ = train.create_train_state(config, model, mesh, total_steps=10, steps_per_epoch=5.0)
+    before = jax.tree.map(np.asarray, {'params': state.params, 'batch_stats': state.batch_stats})
+    state, update, health = train.make_train_step(model, config, class_weights, mesh)(state, batch)
+    return model, before, state, update.compute(), np.asarray(health)
+
+
+STILL = {'rotation': 0.0, 'zoom': 0.0, 'shift': 0.0, 'brightness': 0.0, 'flip_horizontal': False}
+
+
+def test_loss_is_the_weighted_smoothed_cross_entropy():
+    batch = make_batch(np.random.default_rng(0))
+    config = make_config({}, batch_norm='frozen', label_smoothing=0.1, augment=STILL)
+    class_weights = np.array([0.5, 1.0, 1.5, 2.0])
+    model, before, _, update, health = one_step(config, batch, class_weights)
+    logits = np.asarray(model.apply(before, models.normalize(batch['image'])), np.float64)
+    log_probabilities = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    targets = 0.9 * np.eye(4)[batch['label']] + 0.1 / 4
+    expected = np.mean(class_weights[batch['label']] * -(targets * log_probabilities).sum(axis=1))
+    assert update['loss'] == pytest.approx(expected, rel=1e-4)
+    assert health[0] == pytest.approx(expected, rel=1e-4)
+    assert update['accuracy'] == np.mean(logits.argmax(axis=1) == batch['label'])
+
+
+def test_every_parameter_learns():
+    config = make_config({}, warmup_fraction=0.0)
+    _, before, state, _, _ = one_step(config, make_batch(np.random.default_rng(0)))
+    changed = jax.tree.map(lambda a, b: bool(np.any(a != np.asarray(b))), before['params'], state.params)
+    assert all(jax.tree.leaves(changed)), changed
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    batch = make_batch(np.random.default_rng(0))
+    # With batch statistics the parts would be normalised each by itself.
+    changes = {'batch_norm': 'frozen', 'optimizer': 'sgd', 'learning_rate': 0.1, 'warmup_fraction': 0.0}
+    states = [one_step(make_config({}, gradient_accumulation=n, **changes), batch)[2] for n in (1, 4)]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), states[0].params, states[1].params
+    )
+
+
+def test_averaged_parameters_follow_by_their_decay():
+    config = make_config({}, ema_decay=0.9, warmup_fraction=0.0)
+    _, before, state, _, _ = one_step(config, make_batch(np.random.default_rng(0)))
+    expected = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * np.asarray(new), before['params'], state.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state.eval_params, expected)
+
+
+def test_frozen_part_stays_and_keeps_no_optimizer_state():
+    config = make_config({}, freeze='^conv[12]', warmup_fraction=0.0)
+    _, before, state, _, _ = one_step(config, make_batch(np.random.default_rng(0)))
+    for name, module in before['params'].items():
+        for old, new in zip(jax.tree.leaves(module), jax.tree.leaves(state.params[name]), strict=True):
+            assert np.array_equal(old, new) == name.startswith(('conv1', 'conv2'))
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)]
+    assert any('conv3' in path for path in paths) and not any('conv2' in path for path in paths)
+
+
+def test_step_is_compiled_once():
+    config = make_config({}, ema_decay=0.9)
+    mesh = parallel.make_mesh()
+    model = train.create_model(config, 4)
+    state, _, _ = train.create_train_state(config, model, mesh, total_steps=10, steps_per_epoch=5.0)
+    step = train.make_train_step(model, config, np.ones(4), mesh)
+    for batch in pipeline.prefetch(
+        [make_batch(np.random.default_rng(i)) for i in range(3)], parallel.split_over_data(mesh)
+    ):
+        state, _, _ = step(state, batch)
+    assert step._cache_size() == 1
+
+
+def test_bfloat16_computes_short_and_keeps_long():
+    config = make_config({}, dtype='bfloat16')
+    _, _, state, update, _ = one_step(config, make_batch(np.random.default_rng(0)))
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.batch_stats))} == {jnp.dtype('float32')}
+    assert np.isfinite(update['loss'])
+
+
+@pytest.mark.filterwarnings('ignore:overflow encountered')
+def test_run_that_explodes_stops_and_leaves_a_good_checkpoint(data, tmp_path):
+    config = make_config(
+        data, optimizer='sgd', learning_rate=1e30, gradient_clip=0.0, warmup_fraction=0.5, checkpoint_every_steps=1
+    )
+    with pytest.raises(FloatingPointError, match=r'step \d+: the .* is (nan|inf)'):
+        train.train_and_evaluate(config, tmp_path)
+    assert not (tmp_path / 'summary.json').exists()
+    with checkpoints.open_checkpoints(tmp_path) as manager:
+        latest = manager.latest_step()
+    assert latest >= 1
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(load_variables(config, tmp_path, latest)))
+
+
+def test_early_stopping(data, tmp_path):
+    # With frozen statistics and a rate of next to nothing no evaluation is better than the first.
+    config = make_config(data, batch_norm='frozen', learning_rate=1e-30, early_stopping=2, num_epochs=20.0)
+    summary, _ = run(config, tmp_path)
+    assert summary['steps'] == 9 and summary['best_step'] == 3
+
+
+def test_frozen_mode_trains_the_head_alone(data, tmp_path):
+    config = make_config(data, 'frozen', num_epochs=20.0, learning_rate=3e-3)
+    summary, variables = run(config, tmp_path)
+    mesh = parallel.make_mesh()
+    model = train.create_model(config, 4)
+    state, _, _ = train.create_train_state(config, model, mesh, total_steps=6, steps_per_epoch=3.0)
+    for name, module in variables['params'].items():
+        same = jax.tree.map(np.array_equal, module, state.params[name])
+        assert all(jax.tree.leaves(same)) == (name != 'predictions')
+    assert_trees_equal(variables['batch_stats'], state.batch_stats)
+    # The checkpoint is a whole network: from the images it gives what the run measured on their features.
+    examples = pipeline.load_dataset(config).test
+    logits = model.apply(variables, models.normalize(np.stack([row['image'] for row in examples])))
+    assert summary['test']['accuracy'] == pytest.approx(np.mean(np.argmax(logits, axis=1) == examples.labels))
+
+
+def test_run_without_validation_takes_the_last_step(data, tmp_path):
+    summary, _ = run(make_config(data, validation_fraction=0.0), tmp_path)
+    assert summary['validation'] is None and summary['best_step'] == summary['steps'] == 8
+
+
+def test_workdir_of_another_configuration(finished):
+    config, workdir, _, _ = finished
+    other = config.copy_and_resolve_references()
+    other.learning_rate, other.augment.zoom = 0.5, 0.0
+    with pytest.raises(InputError, match=r'augment.zoom: 0.1 there, 0.0 now; learning_rate: 0.0003 there, 0.5 now'):
+        train.train_and_evaluate(other, workdir)
+
+
+def test_workdir_of_other_data(finished, data, tmp_path):
+    config, workdir, _, _ = finished
+    told = json.loads((workdir / 'run.json').read_text()) | {'split_sha256': 'of other files'}
+    (tmp_path / 'run.json').write_text(json.dumps(told))
+    with pytest.raises(InputError, match='split_sha256 was of other files'):
+        train.train_and_evaluate(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'batch_size': 12, 'gradient_accumulation': 5}, r'batch_size is 12.*try --config.batch_size=10'),
+        ({'num_epochs': 0.0}, 'config.num_epochs is 0.0: give more than 0'),
+        ({'seed': -1}, 'config.seed'),
+        ({'early_stopping': 2, 'validation_fraction': 0.0}, 'config.early_stopping'),
+        ({'model': 'ResNet50'}, 'DenseNet121'),
+        ({'optimizer': 'adagrad'}, 'adamw'),
+        ({'pretrained': '/nowhere/weights.h5'}, '/nowhere/weights.h5'),
+        ({'data_dir': '/nowhere'}, '/nowhere'),
+        ({'groups': '/nowhere.csv'}, '/nowhere.csv'),
+    ],
+)
+def test_bad_configuration_leaves_no_workdir(data, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        train.train_and_evaluate(make_config(data | changes), tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
