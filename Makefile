@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 help:  ## Say what there is
 	@sed -nE 's/^([a-z.]+):.*## /  make \1\t/p' Makefile | expand -t 16
 
-.venv: .venv/installed  ## Install what requirements.txt lists into .venv
+.venv: .venv/installed  ## Install brain_jax, and what requirements.txt lists, into .venv
 
 demo: .venv/installed  ## Train on generated images into runs/demo; needs no data, weights or accelerator
 	$(BIN)/python -m brain_jax.main --config configs/densenet121.py:demo --workdir runs/demo
@@ -31,13 +31,14 @@ clean:  ## Remove .venv and caches; runs/ stays
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are touched last: an installation that was cut short is done again.
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
 	  echo 'error: brain_jax needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is none of them.' \
 	    'Name one: make PYTHON=python3.12 ...' >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	@echo 'Installing into .venv: a few minutes, 2.6 GB'
 	@$(PIP) install -r requirements.txt
+	@$(PIP) install --no-deps --editable .
 	@touch $@
 
 .venv/installed-test: .venv/installed requirements-test.txt

@@ -1,7 +1,7 @@
 """Random changes of training images, in JAX, as part of the compiled step.
 
-What happens to an image depends on the key, the step and the image's index alone: not on its place in the batch, nor on
-the number of devices.
+What happens to an image depends on the key, the step and the image's index alone: not on its place in the batch, nor,
+but for rounding, on the size of the batch or the number of devices.
 """
 
 import jax

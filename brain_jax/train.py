@@ -243,8 +243,15 @@ def load_data(config, workdir):
             config.data_dir = str(workdir / 'phantom')
             config.prepared_dir = str(workdir / 'prepared')
         if not (workdir / 'phantom').exists():
-            phantom.make_phantom(workdir / 'phantom', train_per_class=300, test_per_class=75, seed=config.seed)
-        logging.info('The images of this demo are synthetic: its scores say nothing about real ones.')
+            logging.info('drawing a dataset in %s', workdir / 'phantom')
+            phantom.make_phantom(
+                workdir / 'phantom',
+                train_per_class=250,
+                test_per_class=50,
+                image_size=config.image_size,
+                seed=config.seed,
+            )
+        logging.warning('the images of this demo are synthetic: its scores say nothing about real ones')
     return pipeline.load_dataset(config)
 
 

@@ -111,6 +111,7 @@ def get_config(mode='finetune'):
         config.image_size = 64
         config.learning_rate = 1e-3
         config.num_epochs = 6.0
+        config.eval_every_epochs = 2.0
     elif mode != 'finetune':
         raise ValueError(f"unknown mode {mode!r}: use 'finetune', 'frozen', 'scratch' or 'demo'")
     return config

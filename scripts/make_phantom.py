@@ -1,6 +1,6 @@
 """Writes a folder of synthetic MRI-like heads, laid out like the real dataset.
 
-    python -m scripts.make_phantom --output_dir phantom
+    python scripts/make_phantom.py --output_dir phantom
 
 The images are synthetic: they show no person and no disease. See `brain_jax/data/phantom.py`.
 """

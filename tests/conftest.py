@@ -1,8 +1,15 @@
-"""Fixtures for several test modules."""
+"""Fixtures for several test modules, and a cache that spares compiling the same network for every test."""
 
+import os
 import pathlib
+import tempfile
 
 import pytest
+
+# Read when JAX is imported, here and in the processes that tests start. Removed when this one ends.
+CACHE = tempfile.TemporaryDirectory(prefix='brain_jax_tests_')
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', CACHE.name)
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
 
 
 @pytest.fixture(scope='session')

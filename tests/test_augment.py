@@ -140,18 +140,16 @@ def test_values_stay_in_range():
     assert (results.min(), results.max()) == (0, 255)  # both limits are met
 
 
-@pytest.mark.parametrize(('contrast', 'tolerance'), [(0.0, 0), (0.2, 1e-4)])
-def test_place_and_batch_do_not_matter(contrast, tolerance):
-    """Same key and index, same pixels; another key or index, others.
-
-    To the bit, but for contrast: it takes the mean of the image, which XLA sums in an order of its own.
-    """
-    config = make_config(flip_horizontal=True, rotation=15.0, zoom=0.1, shift=0.05, brightness=0.15, contrast=contrast)
+def test_place_and_batch_do_not_matter():
+    """Same key and index, same pixels; another key or index, others."""
+    config = make_config(flip_horizontal=True, rotation=15.0, zoom=0.1, shift=0.05, brightness=0.15, contrast=0.2)
     augment_batch = jax.jit(lambda *args: augment.augment_batch(*args, config))
     key, index = jax.random.key(7), np.array([5, 3, 900, 4, 0, 1, 2, 77], np.int32)
     results = np.asarray(augment_batch(key, NOISE, index))
-    for part in ([6, 2, 7, 0, 1, 5, 3, 4], [3, 4, 5], [0]):
-        np.testing.assert_allclose(augment_batch(key, NOISE[part], index[part]), results[part], rtol=0, atol=tolerance)
+    order = [6, 2, 7, 0, 1, 5, 3, 4]
+    np.testing.assert_array_equal(augment_batch(key, NOISE[order], index[order]), results[order])
+    # For another size XLA compiles another program, which may round otherwise.
+    np.testing.assert_allclose(augment_batch(key, NOISE[3:6], index[3:6]), results[3:6], atol=5e-3)
 
     same = np.broadcast_to(NOISE[0], NOISE.shape)
     steps = [np.asarray(augment_batch(jax.random.fold_in(key, step), same, index)) for step in (0, 1)]

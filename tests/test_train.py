@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sklearn_metrics
 from tensorboard.backend.event_processing import event_accumulator
+from tensorboard.util import tensor_util
 
 from brain_jax import InputError, checkpoints, models, parallel, train
 from brain_jax.data import phantom, pipeline
@@ -73,11 +74,11 @@ def read_scalars(workdir):
     events.Reload()
     scalars, images = {}, []
     for tag in events.Tags()['tensors']:
-        values = events.Tensors(tag)
-        if values[0].tensor_proto.tensor_shape.dim:
+        values = [(value.step, tensor_util.make_ndarray(value.tensor_proto)) for value in events.Tensors(tag)]
+        if values[0][1].ndim:
             images.append(tag)
         else:
-            scalars[tag] = [(value.step, value.tensor_proto.float_val[0]) for value in values]
+            scalars[tag] = values
     return scalars, images
 
 
@@ -361,3 +362,25 @@ def test_bad_configuration_leaves_no_workdir(data, tmp_path, changes, message):
     with pytest.raises(InputError, match=message):
         train.train_and_evaluate(make_config(data | changes), tmp_path / 'run')
     assert not (tmp_path / 'run').exists()
+
+
+def test_frozen_imagenet_features_tell_real_images_apart(shared, tmp_path):
+    for split, count in (('Training', 60), ('Testing', 25)):
+        for source in sorted((shared / 'brain-tumor-mri' / split).iterdir()):
+            folder = tmp_path / 'data' / split / source.name
+            folder.mkdir(parents=True)
+            for image in sorted(source.iterdir())[:count]:
+                (folder / image.name).symlink_to(image)
+    config = make_config(
+        {'data_dir': str(tmp_path / 'data'), 'prepared_dir': str(tmp_path / 'prepared')},
+        'frozen',
+        model='DenseNet121',
+        image_size=64,
+        num_epochs=100.0,
+        eval_every_epochs=50.0,
+        checkpoint_every_steps=10_000,
+        pretrained=str(shared / 'weights/densenet121_weights_tf_dim_ordering_tf_kernels.h5'),
+    )
+    summary, _ = run(config, tmp_path / 'run')
+    assert summary['test']['n'] == 100 and len(summary['weights_sha256']) == 64
+    assert summary['test']['accuracy'] > 0.6  # by chance: 0.25
