@@ -66,7 +66,7 @@ def macro_f1(confusion):
 def summarize(collection):
     """Returns accuracy, macro F1, loss and number of images of an `EvalMetrics`, and its confusion matrix."""
     values = collection.compute()
-    confusion = np.asarray(values['confusion'])
+    confusion = np.asarray(values['confusion']).astype(np.int64)
     count = int(confusion.sum())
     scores = {
         'accuracy': float(np.trace(confusion) / count),

@@ -59,6 +59,7 @@ def get_config(mode='finetune'):
     config.head_epochs = 0.1  # at the start only the head learns, for so many epochs
     config.layer_decay = 1.0  # the rate shrinks by this factor a dense layer, from the last to the first
     config.schedule = 'cosine'  # 'cosine' | 'linear' | 'exponential' | 'piecewise' | 'constant', after a warm-up
+    # The backbone's schedule starts after the head's epochs: its fractions are those of the steps that are left.
     config.warmup_fraction = 0.1  # of all steps, linear from 0
     config.final_fraction = 0.0  # rate at the last step over the peak rate (cosine, linear; exponential needs > 0)
     config.boundaries = (0.5, 0.75)  # piecewise: fractions of all steps ...
@@ -97,7 +98,9 @@ def get_config(mode='finetune'):
         config.learning_rate = 3e-4
         config.head_epochs = 0.0
         config.label_smoothing = 0.0
+        config.log_every_steps = 100
         config.eval_every_epochs = 10.0
+        config.checkpoint_every_steps = 1000
     elif mode == 'scratch':
         config.pretrained = ''
         config.batch_norm_momentum = 0.9  # random weights change fast, and running statistics must keep up

@@ -369,7 +369,8 @@ def test_frozen_imagenet_features_tell_real_images_apart(shared, tmp_path):
         for source in sorted((shared / 'brain-tumor-mri' / split).iterdir()):
             folder = tmp_path / 'data' / split / source.name
             folder.mkdir(parents=True)
-            for image in sorted(source.iterdir())[:count]:
+            files = sorted(source.glob('*.jpg'))
+            for image in files[:: len(files) // count][:count]:
                 (folder / image.name).symlink_to(image)
     config = make_config(
         {'data_dir': str(tmp_path / 'data'), 'prepared_dir': str(tmp_path / 'prepared')},
