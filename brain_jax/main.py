@@ -37,12 +37,12 @@ def parse_flags(argv):
     return arguments
 
 
-def quieten(handler):
-    """Drops what libraries tell about their inner life: Orbax of every file, CLU of progress a second time."""
+def is_worth_reading(record):
+    """Tells whether a log record is for the user: libraries tell much about their inner life."""
     chatty = ('/orbax/', '/clu/platform/', '/jax/_src/')
-    handler.addFilter(
-        lambda record: record.levelno > logging.converter.STANDARD_INFO or not any(x in record.pathname for x in chatty)
-    )
+    if record.getMessage().startswith('Requested `tracked_metric`'):  # not every checkpoint is one that was validated
+        return False
+    return record.levelno > logging.converter.STANDARD_INFO or not any(name in record.pathname for name in chatty)
 
 
 def main(argv):
@@ -50,7 +50,7 @@ def main(argv):
     if len(argv) > 1:
         sys.exit(f'error: unexpected arguments: {" ".join(argv[1:])}')
     logging.set_verbosity(logging.INFO)
-    quieten(logging.get_absl_handler())
+    logging.get_absl_handler().addFilter(is_worth_reading)
     tf.config.set_visible_devices([], 'GPU')  # else TensorFlow takes the memory that JAX needs
     logging.info('JAX devices: %s', ', '.join(str(device) for device in jax.devices()))
     try:

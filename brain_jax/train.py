@@ -350,7 +350,11 @@ def train(
     eval_every = max(1, round(config.eval_every_epochs * len(dataset.train) / config.batch_size))
     hooks = [periodic_actions.ReportProgress(num_train_steps=total_steps, writer=writer)]
     if config.profile:
-        hooks.append(periodic_actions.Profile(logdir=str(manager.directory.parent), num_profile_steps=3))
+        hooks.append(
+            periodic_actions.Profile(
+                logdir=str(manager.directory.parent), num_profile_steps=3, profile_duration_ms=None
+            )
+        )
     batches = pipeline.train_batches(
         dataset.train, batch_size=config.batch_size, seed=config.seed, start_step=start_step, num_steps=total_steps,
         process_index=jax.process_index(), process_count=jax.process_count(),
