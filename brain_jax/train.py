@@ -294,9 +294,13 @@ def check_health(step, health, manager):
     for value, name in ((loss, 'loss'), (gradient_norm, 'gradient norm'), (parameter_norm, 'parameter norm')):
         if not np.isfinite(value):
             manager.wait_until_finished()
+            latest = manager.latest_step()
+            good = (
+                'There is no checkpoint yet' if latest is None else f'The last good checkpoint is that of step {latest}'
+            )
             raise FloatingPointError(
-                f'step {step}: the {name} is {value}. The last good checkpoint is that of step {manager.latest_step()} '
-                f'in {manager.directory}; a lower learning_rate or gradient_clip may help'
+                f'step {step}: the {name} is {value}. {good} in {manager.directory}; a lower learning_rate or '
+                'gradient_clip may help'
             )
 
 
