@@ -6,6 +6,7 @@ state and averaged parameters) and `progress` (a small JSON of what the host kee
 
 import os
 
+import flax.traverse_util
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
@@ -36,7 +37,13 @@ def open_checkpoints(workdir):
         preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
         cleanup_tmp_directories=True,
     )
-    return ocp.CheckpointManager(os.path.abspath(os.path.join(workdir, 'checkpoints')), options=options)
+    handlers = {
+        'variables': ocp.StandardCheckpointHandler(),
+        'training': ocp.StandardCheckpointHandler(),
+        'progress': ocp.JsonCheckpointHandler(),
+    }
+    directory = os.path.abspath(os.path.join(workdir, 'checkpoints'))
+    return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
 
 
 def split_state(state):
@@ -84,18 +91,29 @@ def restore(manager, state, step):
       The restored state and the progress dictionary.
 
     Raises:
-      InputError: where the checkpoint does not fit the state.
+      InputError: where the checkpoint is of another network.
     """
-    variables, training = jax.tree.map(ocp.utils.to_shape_dtype_struct, split_state(state))
-    try:
-        restored = manager.restore(
-            step,
-            args=ocp.args.Composite(
-                variables=ocp.args.StandardRestore(variables),
-                training=ocp.args.StandardRestore(training),
-                progress=ocp.args.JsonRestore(),
-            ),
+    # Orbax notices another shape only when it is half through reading.
+    saved = shapes(manager.item_metadata(step).variables.tree)
+    wanted = shapes(split_state(state)[0])
+    differing = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
+    if differing:
+        raise InputError(
+            f'the checkpoint {manager.directory / str(step)} is of another network: {len(differing)} arrays differ, '
+            f'{differing[0]} first'
         )
-    except (ValueError, KeyError, OSError) as error:
-        raise InputError(f'the checkpoint {manager.directory / str(step)} cannot be restored: {error}') from error
+    variables, training = jax.tree.map(ocp.utils.to_shape_dtype_struct, split_state(state))
+    restored = manager.restore(
+        step,
+        args=ocp.args.Composite(
+            variables=ocp.args.StandardRestore(variables),
+            training=ocp.args.StandardRestore(training),
+            progress=ocp.args.JsonRestore(),
+        ),
+    )
     return state.replace(**restored.variables, **restored.training), restored.progress
+
+
+def shapes(tree):
+    """Returns {path: shape} of a nested dictionary of arrays."""
+    return {path: tuple(leaf.shape) for path, leaf in flax.traverse_util.flatten_dict(tree, sep='/').items()}

@@ -13,9 +13,7 @@ from brain_jax.train import TrainState
 def make_state(step, width=3):
     tx = optax.adam(0.1)
     params = {'layer': {'kernel': jnp.full((2, width), float(step))}}
-    state = TrainState.create(
-        apply_fn=None, params=params, tx=tx, batch_stats={'layer': {'mean': jnp.full(width, 2.0)}}
-    )
+    state = TrainState.create(apply_fn=None, params=params, tx=tx, batch_stats={'layer': {'mean': jnp.full(3, 2.0)}})
     return state.replace(step=jnp.asarray(step))
 
 
@@ -58,5 +56,5 @@ def test_checkpoint_of_another_network(tmp_path):
     with checkpoints.open_checkpoints(tmp_path) as manager:
         checkpoints.save(manager, make_state(1), {})
         manager.wait_until_finished()
-        with pytest.raises(InputError, match='cannot be restored'):
+        with pytest.raises(InputError, match='is of another network: 1 arrays differ, params/layer/kernel first'):
             checkpoints.restore(manager, make_state(1, width=5), 1)
