@@ -40,7 +40,8 @@ def parse_flags(argv):
 def is_worth_reading(record):
     """Tells whether a log record is for the user: libraries tell much about their inner life."""
     chatty = ('/orbax/', '/clu/platform/', '/jax/_src/')
-    if record.getMessage().startswith('Requested `tracked_metric`'):  # not every checkpoint is one that was validated
+    # Not every checkpoint is one that was validated; and what goes to TensorBoard need not be announced.
+    if record.getMessage().startswith('Requested `tracked_metric`') or str(record.msg).startswith('[%d]%s Got '):
         return False
     return record.levelno > logging.converter.STANDARD_INFO or not any(name in record.pathname for name in chatty)
 
