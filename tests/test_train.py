@@ -308,19 +308,27 @@ def test_early_stopping(data, tmp_path):
 
 
 def test_frozen_mode_trains_the_head_alone(data, tmp_path):
-    config = make_config(data, 'frozen', num_epochs=20.0, learning_rate=3e-3)
+    config = make_config(data, 'frozen', num_epochs=20.0)
     summary, variables = run(config, tmp_path)
     mesh = parallel.make_mesh()
     model = train.create_model(config, 4)
     state, _, _ = train.create_train_state(config, model, mesh, total_steps=6, steps_per_epoch=3.0)
     for name, module in variables['params'].items():
         same = jax.tree.map(np.array_equal, module, state.params[name])
-        assert all(jax.tree.leaves(same)) == (name != 'predictions')
+        assert all(jax.tree.leaves(same)) == (name not in ('predictions', 'bn'))
     assert_trees_equal(variables['batch_stats'], state.batch_stats)
     # The checkpoint is a whole network: from the images it gives what the run measured on their features.
-    examples = pipeline.load_dataset(config).test
-    logits = model.apply(variables, models.normalize(np.stack([row['image'] for row in examples])))
-    assert summary['test']['accuracy'] == pytest.approx(np.mean(np.argmax(logits, axis=1) == examples.labels))
+    dataset = pipeline.load_dataset(config)
+    outputs = {}
+    for split in ('train', 'test'):
+        images = models.normalize(np.stack([row['image'] for row in getattr(dataset, split)]))
+        outputs[split] = model.apply(variables, images, return_features=True)
+    logits, _ = outputs['test']
+    assert summary['test']['accuracy'] == pytest.approx(np.mean(np.argmax(logits, axis=1) == dataset.test.labels))
+    # The last BatchNorm was scaled so that all features that vary spread alike.
+    spread = outputs['train'][1]['pooled'].std(axis=0)
+    np.testing.assert_allclose(spread[spread > 1e-3], 1, rtol=1e-3)
+    assert np.any(spread > 1e-3)
 
 
 def test_run_without_validation_takes_the_last_step(data, tmp_path):
