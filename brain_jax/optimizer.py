@@ -1,5 +1,6 @@
 """What moves the parameters: schedules, layer-wise rates, freezing, clipping, all in optax."""
 
+import functools
 import re
 
 import jax
@@ -7,6 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from brain_jax import InputError
+
+# The path of a leaf as text: 'conv2_block1/0_bn/scale'.
+path_string = functools.partial(jax.tree_util.keystr, simple=True, separator='/')
 
 
 def create_schedule(config, total_steps):
@@ -44,11 +48,6 @@ def create_schedule(config, total_steps):
             f"schedule is {config.schedule!r}: use 'cosine', 'linear', 'exponential', 'piecewise' or 'constant'"
         )
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), decay], [warmup_steps])
-
-
-def path_string(path):
-    """Returns the path of a leaf as text: 'conv2_block1/0_bn/scale'."""
-    return '/'.join(entry.key for entry in path)
 
 
 def zero_frozen(grads, freeze):

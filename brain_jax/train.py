@@ -100,6 +100,11 @@ def apply_network(model, config, variables, inputs, *, train):
     return logits, updates['batch_stats']
 
 
+def step_keys(config, step):
+    """Returns the random keys of a step: of its augmentation and of its mixup."""
+    return jax.random.split(jax.random.fold_in(jax.random.key(config.seed), step))
+
+
 def make_train_step(model, config, class_weights, mesh):
     """Returns the compiled training step: (state, batch) -> (state, `TrainMetrics`, health).
 
@@ -112,7 +117,7 @@ def make_train_step(model, config, class_weights, mesh):
         """Returns inputs, target probabilities and loss weights of the batch."""
         inputs, labels = batch['image'], batch['label']
         targets = optax.smooth_labels(jax.nn.one_hot(labels, model.num_classes), config.label_smoothing)
-        key_augment, key_mixup = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
+        key_augment, key_mixup = step_keys(config, state.step)
         if config.mode != 'frozen':
             inputs = augment.augment_batch(key_augment, inputs, batch['index'], config.augment)
         if config.mixup:
@@ -210,23 +215,15 @@ def evaluate(eval_step, state, examples, config, mesh):
 
 
 def extract_features(model, state, dataset, config, mesh):
-    """Replaces the images of a data set by the backbone's pooled features, each with standard deviation 1 in training.
-
-    The features differ in spread by seven orders of magnitude, and a head on them as they are hardly learns from the
-    narrow ones. The factors go into the last BatchNorm, ahead of a ReLU and a mean that pass them on, so that the
-    network stays a whole one which computes the scaled features itself.
-
-    Returns:
-      The `Dataset` with float32 [channels] for images, and the `TrainState` with its last BatchNorm scaled.
-    """
+    """Returns the `Dataset` with the backbone's pooled features, float32 [channels], for images."""
     feature_step = make_feature_step(model, mesh)
     variables = {'params': state.params, 'batch_stats': state.batch_stats}
+    channels = variables['params']['predictions']['kernel'].shape[0]
     splits = {}
     for split in ('train', 'validation', 'test'):
         examples = getattr(dataset, split)
         if examples is None:
             continue
-        channels = variables['params']['predictions']['kernel'].shape[0]
         features = np.zeros((len(examples.images), channels), np.float32)
         batches = process_batches(examples, config, mesh)
         count = -(-len(examples) // config.eval_batch_size)
@@ -235,8 +232,25 @@ def extract_features(model, state, dataset, config, mesh):
             features[index[index >= 0]] = pooled[index >= 0]
         splits[split] = dataclasses.replace(examples, images=features)
         logging.info('features of %s: %d images', split, len(examples))
-    factors = 1 / np.maximum(splits['train'].images[splits['train'].index].std(axis=0), 1e-6)
-    splits = {name: dataclasses.replace(part, images=part.images * factors) for name, part in splits.items()}
+    return dataset._replace(**splits)
+
+
+def equalize_spread(dataset, state):
+    """Scales features to standard deviation 1 over the training images.
+
+    They differ in spread by seven orders of magnitude, and a head on them as they are hardly learns from the narrow
+    ones. The factors go into the last BatchNorm, ahead of a ReLU and a mean that pass them on, so that the network
+    stays a whole one which computes the scaled features itself.
+
+    Returns:
+      The `Dataset` of `extract_features`, scaled, and the `TrainState` with its last BatchNorm scaled.
+    """
+    factors = 1 / np.maximum(dataset.train.images[dataset.train.index].std(axis=0), 1e-6)
+    splits = {
+        split: dataclasses.replace(examples, images=examples.images * factors)
+        for split in ('train', 'validation', 'test')
+        if (examples := getattr(dataset, split)) is not None
+    }
 
     def scale(params):
         last = jax.tree.map(lambda leaf: jax.device_put(leaf * factors, leaf.sharding), params['bn'])
@@ -299,8 +313,8 @@ def write_scores(writer, step, split, scores, confusion, class_names):
 
 def write_augmented(writer, step, config, batch):
     """Writes up to 16 images of a training batch as the network sees them."""
-    key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), step))[0]
-    images = augment.augment_batch(key, batch['image'][:16], batch['index'][:16], config.augment)
+    key_augment, _ = step_keys(config, step)
+    images = augment.augment_batch(key_augment, batch['image'][:16], batch['index'][:16], config.augment)
     writer.write_images(step, {'augmented': np.asarray(images, np.uint8)[..., None]})
 
 
@@ -479,7 +493,7 @@ def train_and_evaluate(config, workdir):
     run = run_folder.describe_run(config, dataset, weights_sha256)
     run_folder.write_run(workdir / 'run.json', run)
     if config.mode == 'frozen':
-        dataset, state = extract_features(model, state, dataset, config, mesh)
+        dataset, state = equalize_spread(extract_features(model, state, dataset, config, mesh), state)
 
     writer = create_writer(workdir)
     with checkpoints.open_checkpoints(workdir) as manager, metric_writers.ensure_flushes(writer):
