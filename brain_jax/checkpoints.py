@@ -4,10 +4,12 @@ A checkpoint holds `variables` (parameters and running statistics: all that a pr
 state and averaged parameters) and `progress` (a small JSON of what the host keeps).
 """
 
+import hashlib
 import os
 
 import flax.traverse_util
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -112,6 +114,15 @@ def restore(manager, state, step):
         ),
     )
     return state.replace(**restored.variables, **restored.training), restored.progress
+
+
+def content_hash(tree):
+    """Returns the SHA-256 of the paths and values of a tree of arrays, wherever they lie."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.asarray(leaf)
+        digest.update(f'{jax.tree_util.keystr(path)} {array.dtype} {array.shape}'.encode() + array.tobytes())
+    return digest.hexdigest()
 
 
 def shapes(tree):

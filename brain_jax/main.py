@@ -46,14 +46,19 @@ def is_worth_reading(record):
     return record.levelno > logging.converter.STANDARD_INFO or not any(name in record.pathname for name in chatty)
 
 
-def main(argv):
-    """Runs the training that the flags describe."""
-    if len(argv) > 1:
-        sys.exit(f'error: unexpected arguments: {" ".join(argv[1:])}')
+def set_up():
+    """Sets up the log, and keeps TensorFlow off the accelerators."""
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(is_worth_reading)
     tf.config.set_visible_devices([], 'GPU')  # else TensorFlow takes the memory that JAX needs
     logging.info('JAX devices: %s', ', '.join(str(device) for device in jax.devices()))
+
+
+def main(argv):
+    """Runs the training that the flags describe."""
+    if len(argv) > 1:
+        sys.exit(f'error: unexpected arguments: {" ".join(argv[1:])}')
+    set_up()
     try:
         train.train_and_evaluate(FLAGS.config, FLAGS.workdir or os.path.join('runs', FLAGS.config.mode))
     except (InputError, FloatingPointError) as error:

@@ -99,6 +99,19 @@ def write_run(path, run):
     write_json(path, run)
 
 
+def read_finished_run(workdir):
+    """Returns what `run.json` and `summary.json` of a finished run hold.
+
+    Raises:
+      InputError: where the folder holds no finished run.
+    """
+    if not (workdir / 'run.json').exists():
+        raise InputError(f'{workdir} is no folder of a run: there is no run.json in it')
+    if not (workdir / 'summary.json').exists():
+        raise InputError(f'the run in {workdir} is not finished: give the command that started it again')
+    return json.loads((workdir / 'run.json').read_text()), json.loads((workdir / 'summary.json').read_text())
+
+
 def check_config(config):
     """Raises `InputError` for values that no run can use."""
     modes = ('finetune', 'frozen', 'scratch', 'demo')

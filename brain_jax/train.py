@@ -4,17 +4,17 @@ How a run starts: from the latest checkpoint of its own workdir; else from the w
 random ones.
 """
 
-import dataclasses
 import functools
 import json
 import pathlib
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 import tqdm
@@ -22,7 +22,18 @@ from absl import logging
 from clu import metric_writers, parameter_overview, periodic_actions
 from flax.training import train_state
 
-from brain_jax import InputError, augment, checkpoints, metrics, models, optimizer, parallel, pretrained, run_folder
+from brain_jax import (
+    InputError,
+    augment,
+    checkpoints,
+    features,
+    metrics,
+    models,
+    optimizer,
+    parallel,
+    pretrained,
+    run_folder,
+)
 from brain_jax.data import phantom, pipeline
 
 PROGRESS = {'best_loss': None, 'evaluations_since_best': 0, 'wall_seconds': 0.0}  # what the host keeps
@@ -80,12 +91,11 @@ def create_train_state(config, model, mesh, *, total_steps, steps_per_epoch):
     return jax.device_put(state, parallel.replicated(mesh)), schedule, weights_sha256
 
 
-def apply_network(model, config, variables, inputs, *, train):
-    """Computes logits, from images or, in mode 'frozen', from their features.
+def apply_network(model, variables, inputs, *, train):
+    """Computes logits, from images or from their features.
 
     Args:
       model: a `DenseNet`.
-      config: the run's configuration.
       variables: its `params` and `batch_stats`.
       inputs: float32 [batch, height, width] in 0..255, or [batch, channels] pooled features.
       train: whether batch statistics are used and enter the running ones.
@@ -93,11 +103,28 @@ def apply_network(model, config, variables, inputs, *, train):
     Returns:
       logits: float32 [batch, classes], and the new `batch_stats`.
     """
-    if config.mode == 'frozen':
+    if inputs.ndim == 2:
         head = {'params': variables['params']['predictions']}
         return nn.Dense(model.num_classes).apply(head, inputs), variables['batch_stats']
     logits, updates = model.apply(variables, models.normalize(inputs), train=train, mutable=['batch_stats'])
     return logits, updates['batch_stats']
+
+
+def evaluate_network(model, config, variables, inputs):
+    """Computes logits for evaluation, with `config.average_flips` the mean of those of an image and its mirror image.
+
+    Args:
+      model: a `DenseNet`.
+      config: the run's configuration.
+      variables: its `params` and `batch_stats`.
+      inputs: uint8 [batch, height, width], or float32 [batch, views, channels] of `features.load_features`.
+
+    Returns:
+      float32 [batch, classes].
+    """
+    views = [inputs, inputs[:, :, ::-1]] if inputs.dtype == jnp.uint8 else list(inputs.swapaxes(0, 1))
+    views = views if config.average_flips else views[:1]
+    return sum(apply_network(model, variables, view, train=False)[0] for view in views) / len(views)
 
 
 def step_keys(config, step):
@@ -105,11 +132,11 @@ def step_keys(config, step):
     return jax.random.split(jax.random.fold_in(jax.random.key(config.seed), step))
 
 
-def make_train_step(model, config, class_weights, mesh):
+def make_train_step(model, config, class_weights, mesh, feature_mean=None):
     """Returns the compiled training step: (state, batch) -> (state, `TrainMetrics`, health).
 
     `health`, float32 [3], is the mean loss and the norms of the gradients and of the new parameters and statistics:
-    finite as long as every number is. The state is donated.
+    finite as long as every number is. The state is donated. `feature_mean`, float32 [channels], is for mode 'frozen'.
     """
     weights = jnp.asarray(class_weights, jnp.float32)
 
@@ -118,7 +145,9 @@ def make_train_step(model, config, class_weights, mesh):
         inputs, labels = batch['image'], batch['label']
         targets = optax.smooth_labels(jax.nn.one_hot(labels, model.num_classes), config.label_smoothing)
         key_augment, key_mixup = step_keys(config, state.step)
-        if config.mode != 'frozen':
+        if config.mode == 'frozen':
+            inputs = features.draw_view(key_augment, inputs)
+        else:
             inputs = augment.augment_batch(key_augment, inputs, batch['index'], config.augment)
         if config.mixup:
             inputs, targets = augment.mixup(key_mixup, inputs, targets, config.mixup)
@@ -126,7 +155,7 @@ def make_train_step(model, config, class_weights, mesh):
 
     def loss_fn(params, batch_stats, inputs, targets, weights):
         variables = {'params': params, 'batch_stats': batch_stats}
-        logits, batch_stats = apply_network(model, config, variables, inputs, train=True)
+        logits, batch_stats = apply_network(model, variables, inputs, train=True)
         losses = weights * optax.softmax_cross_entropy(logits, targets)
         return jnp.mean(losses), (batch_stats, losses, logits)
 
@@ -153,7 +182,12 @@ def make_train_step(model, config, class_weights, mesh):
         inputs, targets, weights = prepare(state, batch)
         grads, (batch_stats, losses, logits) = compute_gradients(state, (inputs, targets, weights))
         grads = optimizer.zero_frozen(grads, config.freeze)
+        old_params = state.params
+        if feature_mean is not None:
+            grads = features.center_gradients(grads, feature_mean)
         state = state.apply_gradients(grads=grads, batch_stats=batch_stats)
+        if feature_mean is not None:
+            state = state.replace(params=features.center_update(old_params, state.params, feature_mean))
         if config.ema_decay:
             ema_params = optax.incremental_update(state.params, state.ema_params, 1 - config.ema_decay)
             state = state.replace(ema_params=ema_params)
@@ -175,7 +209,7 @@ def make_eval_step(model, config, mesh):
 
     def eval_step(params, batch_stats, batch):
         variables = {'params': params, 'batch_stats': batch_stats}
-        logits, _ = apply_network(model, config, variables, batch['image'], train=False)
+        logits = evaluate_network(model, config, variables, batch['image'])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
         return metrics.EvalMetrics.single_from_model_output(
             loss=losses, logits=logits, labels=batch['label'], mask=batch['mask']
@@ -184,80 +218,13 @@ def make_eval_step(model, config, mesh):
     return jax.jit(eval_step, out_shardings=parallel.replicated(mesh))
 
 
-def make_feature_step(model, mesh):
-    """Returns the compiled function (variables, batch) -> pooled features float32 [batch, channels], index."""
-
-    def feature_step(variables, batch):
-        _, features = model.apply(variables, models.normalize(batch['image']), return_features=True)
-        return features['pooled'], batch['index']
-
-    return jax.jit(feature_step, out_shardings=parallel.replicated(mesh))
-
-
-def process_batches(examples, config, mesh):
-    """Returns batches of a whole split on the devices, as `eval_step` takes them."""
-    batches = pipeline.eval_batches(
-        examples,
-        batch_size=config.eval_batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    return pipeline.prefetch(batches, parallel.split_over_data(mesh))
-
-
 def evaluate(eval_step, state, examples, config, mesh):
     """Returns the scores of a split (accuracy, macro_f1, loss, n) and its confusion matrix."""
     total = None
-    for batch in process_batches(examples, config, mesh):
+    for batch in pipeline.sharded_eval_batches(examples, config.eval_batch_size, parallel.split_over_data(mesh)):
         update = eval_step(state.eval_params, state.batch_stats, batch)
         total = update if total is None else total.merge(update)
     return metrics.summarize(total)
-
-
-def extract_features(model, state, dataset, config, mesh):
-    """Returns the `Dataset` with the backbone's pooled features, float32 [channels], for images."""
-    feature_step = make_feature_step(model, mesh)
-    variables = {'params': state.params, 'batch_stats': state.batch_stats}
-    channels = variables['params']['predictions']['kernel'].shape[0]
-    splits = {}
-    for split in ('train', 'validation', 'test'):
-        examples = getattr(dataset, split)
-        if examples is None:
-            continue
-        features = np.zeros((len(examples.images), channels), np.float32)
-        batches = process_batches(examples, config, mesh)
-        count = -(-len(examples) // config.eval_batch_size)
-        for batch in tqdm.tqdm(batches, f'Features of {split}', total=count, unit=' batches', disable=None):
-            pooled, index = jax.tree.map(np.asarray, feature_step(variables, batch))
-            features[index[index >= 0]] = pooled[index >= 0]
-        splits[split] = dataclasses.replace(examples, images=features)
-        logging.info('features of %s: %d images', split, len(examples))
-    return dataset._replace(**splits)
-
-
-def equalize_spread(dataset, state):
-    """Scales features to standard deviation 1 over the training images.
-
-    They differ in spread by seven orders of magnitude, and a head on them as they are hardly learns from the narrow
-    ones. The factors go into the last BatchNorm, ahead of a ReLU and a mean that pass them on, so that the network
-    stays a whole one which computes the scaled features itself.
-
-    Returns:
-      The `Dataset` of `extract_features`, scaled, and the `TrainState` with its last BatchNorm scaled.
-    """
-    factors = 1 / np.maximum(dataset.train.images[dataset.train.index].std(axis=0), 1e-6)
-    splits = {
-        split: dataclasses.replace(examples, images=examples.images * factors)
-        for split in ('train', 'validation', 'test')
-        if (examples := getattr(dataset, split)) is not None
-    }
-
-    def scale(params):
-        last = jax.tree.map(lambda leaf: jax.device_put(leaf * factors, leaf.sharding), params['bn'])
-        return params | {'bn': last}
-
-    ema_params = None if state.ema_params is None else scale(state.ema_params)
-    return dataset._replace(**splits), state.replace(params=scale(state.params), ema_params=ema_params)
 
 
 def is_due(step, every, last):
@@ -265,8 +232,8 @@ def is_due(step, every, last):
     return step % every == 0 or step == last
 
 
-def load_data(config, workdir):
-    """Loads the data set; in mode 'demo', without a data_dir, one is generated in the workdir."""
+def load_images(config, workdir):
+    """Loads the images; in mode 'demo', without a data_dir, they are generated in the workdir."""
     config = config.copy_and_resolve_references()
     if config.mode == 'demo' and not config.data_dir:
         with config.unlocked():
@@ -282,7 +249,7 @@ def load_data(config, workdir):
                 seed=config.seed,
             )
         logging.warning('the images of this demo are synthetic: its scores say nothing about real ones')
-    return pipeline.load_dataset(config)
+    return pipeline.load_images(config)
 
 
 def balanced_weights(dataset):
@@ -457,7 +424,7 @@ def start_log(writer, config, state):
     logging.info('%d parameters', parameter_overview.count_parameters(state.params))
 
 
-def train_and_evaluate(config, workdir):
+def train_and_evaluate(config, workdir, images=None):
     """Trains a network, evaluates the chosen checkpoint and writes `summary.json`.
 
     The same call goes on where an earlier one was stopped.
@@ -465,6 +432,7 @@ def train_and_evaluate(config, workdir):
     Args:
       config: as `configs/densenet121.py` makes it.
       workdir: the run's folder, made if need be.
+      images: `pipeline.Images` of this configuration's data, where they are loaded already.
 
     Returns:
       The content of `summary.json`, a dictionary.
@@ -483,7 +451,7 @@ def train_and_evaluate(config, workdir):
         logging.info('%s is finished: its summary.json stands', workdir)
         return json.loads((workdir / 'summary.json').read_text())
 
-    dataset = load_data(config, workdir)
+    dataset = pipeline.split_images(images or load_images(config, workdir), config)
     steps_per_epoch = len(dataset.train) / config.batch_size
     total_steps = max(1, round(config.num_epochs * steps_per_epoch))
     model = create_model(config, len(dataset.class_names))
@@ -492,8 +460,11 @@ def train_and_evaluate(config, workdir):
     )
     run = run_folder.describe_run(config, dataset, weights_sha256)
     run_folder.write_run(workdir / 'run.json', run)
+    feature_mean = None
     if config.mode == 'frozen':
-        dataset, state = equalize_spread(extract_features(model, state, dataset, config, mesh), state)
+        dataset, params = features.use_features(dataset, model, state.params, state.batch_stats, config, mesh)
+        state = state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params) if config.ema_decay else None)
+        feature_mean = dataset.train.images[dataset.train.index].mean(axis=(0, 1))
 
     writer = create_writer(workdir)
     with checkpoints.open_checkpoints(workdir) as manager, metric_writers.ensure_flushes(writer):
@@ -508,7 +479,7 @@ def train_and_evaluate(config, workdir):
         eval_step = make_eval_step(model, config, mesh)
         state = train(
             *(config, state, dataset, mesh),
-            train_step=make_train_step(model, config, weights, mesh),
+            train_step=make_train_step(model, config, weights, mesh, feature_mean),
             eval_step=eval_step,
             schedule=schedule,
             total_steps=total_steps,
@@ -529,3 +500,105 @@ def train_and_evaluate(config, workdir):
     run_folder.write_json(workdir / 'summary.json', summary)
     logging.info('wrote %s; see the curves with: tensorboard --logdir %s', workdir / 'summary.json', workdir)
     return summary
+
+
+class Run(NamedTuple):
+    """A finished run, ready to predict.
+
+    Attributes:
+      workdir: pathlib.Path, its folder.
+      run: content of its `run.json`.
+      config: its configuration.
+      dataset: a `pipeline.Dataset`.
+      inputs: the same with what the network reads: in mode 'frozen' features for images.
+      model: a `DenseNet`.
+      state: `TrainState` of the chosen checkpoint.
+      mesh: the devices.
+      step: number of the chosen checkpoint.
+      checkpoint_sha256: of its parameters and running statistics.
+    """
+
+    workdir: pathlib.Path
+    run: dict
+    config: ml_collections.ConfigDict
+    dataset: pipeline.Dataset
+    inputs: pipeline.Dataset
+    model: models.DenseNet
+    state: TrainState
+    mesh: jax.sharding.Mesh
+    step: int
+    checkpoint_sha256: str
+
+
+def load_run(workdir, data_dir=None, groups=None, *, images=None, pooled=None):
+    """Loads a finished run: its data, and the checkpoint that validation chose.
+
+    Args:
+      workdir: the run's folder.
+      data_dir: where the images are now, or others of the same classes; None: where the run found them.
+      groups: another group table, '' for none; None: that of the run.
+      images: `pipeline.Images` of that folder, where they are loaded already.
+      pooled: the backbone's features of `images` for a run of mode 'frozen', float32 [images, channels]. Without them
+        the whole network computes the answers.
+
+    Returns:
+      A `Run`.
+
+    Raises:
+      InputError: where the folder holds no finished run, or the data other classes.
+    """
+    workdir = pathlib.Path(workdir)
+    run, summary = run_folder.read_finished_run(workdir)
+    config = ml_collections.ConfigDict(run['config'])
+    config.data_dir = data_dir or config.data_dir
+    config.groups = config.groups if groups is None else groups
+    dataset = pipeline.split_images(images or load_images(config, workdir), config)
+    if list(dataset.class_names) != run['class_names']:
+        raise InputError(
+            f'{config.data_dir} has the classes {", ".join(dataset.class_names)}, but the run in {workdir} knows '
+            f'{", ".join(run["class_names"])}'
+        )
+    config.pretrained = ''  # the checkpoint has all weights
+    mesh = parallel.make_mesh()
+    model = create_model(config, len(dataset.class_names))
+    state, _, _ = create_train_state(config, model, mesh, total_steps=1, steps_per_epoch=1.0)
+    with checkpoints.open_checkpoints(workdir) as manager:
+        state, _ = checkpoints.restore(manager, state, summary['best_step'])
+    return Run(
+        workdir=workdir,
+        run=run,
+        config=config,
+        dataset=dataset,
+        inputs=dataset if pooled is None else features.scale_features(dataset, pooled)[0],
+        model=model,
+        state=state,
+        mesh=mesh,
+        step=summary['best_step'],
+        checkpoint_sha256=checkpoints.content_hash([state.eval_params, state.batch_stats]),
+    )
+
+
+def predict(run, split):
+    """Computes the answers of a finished run.
+
+    Args:
+      run: a `Run`.
+      split: 'train', 'validation' or 'test'.
+
+    Returns:
+      Logits float32 [n, classes], in the order of the split's examples.
+    """
+
+    def logits_step(variables, batch):
+        return evaluate_network(run.model, run.config, variables, batch['image']), batch['mask']
+
+    logits_step = jax.jit(logits_step, out_shardings=parallel.replicated(run.mesh))
+    variables = {'params': run.state.eval_params, 'batch_stats': run.state.batch_stats}
+    examples = getattr(run.inputs, split)
+    batches = pipeline.sharded_eval_batches(examples, run.config.eval_batch_size, parallel.split_over_data(run.mesh))
+    count = -(-len(examples) // run.config.eval_batch_size)
+    parts = []
+    for batch in tqdm.tqdm(batches, f'Answers to {split}', total=count, unit=' batches', disable=None):
+        logits, mask = jax.tree.map(np.asarray, logits_step(variables, batch))
+        parts.append(logits[mask])
+    return np.concatenate(parts)

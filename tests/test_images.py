@@ -198,6 +198,15 @@ def test_damaged_bytes_give_an_image_or_one_line(file_format):
             assert '\n' not in str(error)
 
 
+@pytest.mark.parametrize('file_format', ['JPEG', 'PNG', 'BMP', 'TIFF', 'WEBP'])
+def test_header(file_format):
+    assert images.read_header(encode(COLOUR, file_format)) == (9, 6, 3, file_format)
+    if file_format != 'WEBP':  # which knows no grey
+        assert images.read_header(encode(GREY, file_format)) == (9, 6, 1, file_format)
+    with pytest.raises(InputError, match=r'^scan: not a JPEG'):
+        images.read_header(encode(GREY, file_format)[:7], name='scan')
+
+
 def test_png_keeps_every_pixel():
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(images.encode_png(GREY)))), GREY)
 

@@ -1,6 +1,5 @@
 """Tests of brain_jax.data.pipeline."""
 
-import collections
 import csv
 import hashlib
 
@@ -49,6 +48,10 @@ def folder(tmp_path_factory):
             'prepared_dir': str(tmp_path_factory.mktemp('prepared')),
             'groups': ml_collections.config_dict.placeholder(str),
             'skip_unreadable': False,
+            'skip_mislabelled': False,
+            'split': 'standard',
+            'folds': 3,
+            'fold': 0,
             'validation_fraction': 0.25,
             'image_size': SIZE,
             'cache_images': 'auto',
@@ -76,7 +79,7 @@ def make_examples(n):
     images = np.repeat(np.arange(n, dtype=np.uint8), 4).reshape(n, 2, 2)
     names = np.array([str(i) for i in range(n)])
     return pipeline.Examples(
-        images, np.arange(n, dtype=np.int32), np.arange(n, dtype=np.int32) % 3, names, names, names
+        images, np.arange(n, dtype=np.int32), np.arange(n, dtype=np.int32) % 3, names, names, names, names
     )
 
 
@@ -107,11 +110,10 @@ def test_examples_are_the_files(folder, dataset):
     assert types == {'image': (np.uint8, (8, 8)), 'label': (np.int32, ()), 'mask': (bool, ()), 'index': (np.int32, ())}
 
 
-def test_index_is_the_place_in_the_folder(folder, dataset):
-    for prefix, splits in (('Training', (dataset.train, dataset.validation)), ('Testing', (dataset.test,))):
-        names = sorted(name for name in folder[1] if name.startswith(prefix))
-        for examples in splits:
-            assert [names[i] for i in examples.index] == examples.file_names.tolist()
+def test_index_is_the_place_in_the_folders(folder, dataset):
+    names = sorted(folder[1], key=lambda name: (name.startswith('Testing'), name))
+    for examples in (dataset.train, dataset.validation, dataset.test):
+        assert [names[i] for i in examples.index] == examples.file_names.tolist()
 
 
 def test_images_decoded_on_access_are_those_in_memory(folder, dataset):
@@ -138,7 +140,7 @@ def test_copies_share_a_group(dataset):
     groups = {}
     for examples in (dataset.train, dataset.validation, dataset.test):
         groups.update(zip(examples.file_names, examples.groups, strict=True))
-    assert groups['Training/glioma/0.png'] == groups['Training/glioma/1.png'] == 'image Training/glioma/0.png'
+    assert groups['Training/glioma/0.png'] == groups['Training/glioma/1.png']
     assert groups['Training/notumor/0.png'] == groups['Training/notumor/1.bmp']
     assert groups['Training/pituitary/1.png'] == groups['Testing/pituitary/0.png']
     assert len(set(groups.values())) == len(groups) - 3
@@ -172,37 +174,49 @@ def test_no_validation(folder):
     assert len(dataset.train) == sum(TRAIN_COUNTS)
 
 
-def test_find_groups_joins_through_other_images(caplog):
-    # d, a and b: one patient (2 and 1 are joined by the copies a, b); c and e: copies; f: alone.
-    table = {'a': 'patient 1', 'b': 'patient 2', 'd': 'patient 2', 'absent': 'patient 3'}
-    groups = pipeline.find_groups(['d', 'e', 'a', 'f', 'b', 'c'], ['1', '2', '3', '4', '3', '2'], table)
-    assert groups.tolist() == ['patient 1', 'image c', 'patient 1', 'image f', 'patient 1', 'image c']
-    assert '1 of 4 paths are not in the data' in caplog.text
-    assert '3 images are not in it' in caplog.text
+@pytest.mark.parametrize('split', ['standard', 'grouped'])
+@pytest.mark.parametrize('seed', [0, 1])
+def test_no_group_stands_on_two_sides(folder, split, seed):
+    tests = []
+    for fold in range(3):
+        dataset = pipeline.load_dataset(changed(folder[-1], split=split, fold=fold, seed=seed))
+        assert not set(dataset.train.groups) & set(dataset.validation.groups)
+        if split == 'grouped':
+            assert not set(dataset.test.groups) & {*dataset.train.groups, *dataset.validation.groups}
+        tests.append(dataset.test.file_names.tolist())
+        everything = [*dataset.train.file_names, *dataset.validation.file_names, *dataset.test.file_names]
+        assert sorted(everything) == sorted(folder[1])
+    if split == 'grouped':
+        assert sorted(name for names in tests for name in names) == sorted(folder[1])  # each image is tested once
 
 
-@pytest.mark.parametrize(
-    ('text', 'message'),
-    [
-        (b'path,patient\na,1\n', "no column 'group'"),
-        (b'', 'names no column'),
-        (b'path,group\na,1\na,2\n', 'a is in two groups, 1 and 2'),
-        (b'path,group\na,1\nb\n', 'line 3 has no path or no group'),
-        (b'path,group\n\xff,1\n', 'cannot be read'),
-    ],
-)
-def test_bad_group_table(tmp_path, text, message):
-    path = tmp_path / 'groups.csv'
-    path.write_bytes(text)
-    with pytest.raises(InputError, match=message):
-        pipeline.read_groups(path)
+def test_random_split_ignores_groups(folder):
+    config = changed(folder[-1], split='random', folds=2)
+    names = [set(pipeline.load_dataset(changed(config, seed=seed)).test.file_names) for seed in range(8)]
+    pair = {'Training/glioma/0.png', 'Training/glioma/1.png'}
+    assert any(len(pair & test) == 1 for test in names)
 
 
-def test_group_table_that_does_not_fit(tmp_path):
-    with pytest.raises(InputError, match='cannot be read'):
-        pipeline.read_groups(tmp_path / 'none.csv')
-    with pytest.raises(InputError, match='must look like Training/a'):
-        pipeline.find_groups(['Training/a'], ['1'], {'a': '1'})
+def test_mislabelled_images_are_left_out_on_demand(folder, tmp_path, caplog):
+    wrong = 'Testing/glioma/1.png'
+    rows = [(name, name, 'pituitary' if name == wrong else name.split('/')[1]) for name in folder[1]]
+    table = write_table(tmp_path / 'groups.csv', *rows, header=('path', 'group', 'source_label'))
+    config = changed(folder[-1], groups=table)
+    assert wrong in pipeline.load_dataset(config).test.file_names
+    assert f'{wrong} (pituitary there)' in caplog.text
+    without = pipeline.load_dataset(changed(config, skip_mislabelled=True))
+    assert sorted(without.test.file_names) == sorted(
+        name for name in folder[1] if name.startswith('Testing') and name != wrong
+    )
+    assert without.test.index.tolist() == [24, 26, *range(27, 33)]  # images keep their places
+
+
+def test_copies_are_kept_beside_the_records(folder, dataset):
+    (table,) = dataset.folder.glob('copies_*.csv')
+    with open(table, newline='') as file:
+        groups = {row['path']: row['group'] for row in csv.DictReader(file)}
+    for examples in (dataset.train, dataset.validation, dataset.test):
+        assert [groups[name] for name in examples.file_names] == examples.groups.tolist()
 
 
 @pytest.mark.parametrize(
@@ -210,7 +224,10 @@ def test_group_table_that_does_not_fit(tmp_path):
     [
         ({'validation_fraction': -0.1}, 'at least 0'),
         ({'validation_fraction': 0.5}, 'less than 0.5'),
-        ({'validation_fraction': 0.1}, 'class glioma has only 5 groups .* needs 10'),
+        ({'validation_fraction': 0.1}, 'class glioma has only 5 groups .* 10 parts'),
+        ({'split': 'grouped', 'folds': 9}, 'class glioma has only 8 groups .* 9 parts'),
+        ({'split': 'grouped', 'fold': 3}, 'fold is 3 of 3'),
+        ({'split': 'patients'}, "split is 'patients'"),
         ({'cache_images': 'yes'}, "cache_images is 'yes'"),
     ],
 )
@@ -290,18 +307,38 @@ def test_prefetch_keeps_the_order_and_runs_ahead():
         jax.tree.map(np.testing.assert_array_equal, batch, expected)
 
 
-def test_real_patients_stay_together(shared):
-    table = pipeline.read_groups(shared / 'brain-tumor-mri-groups.csv')
-    with open(shared / 'brain-tumor-mri-groups.csv', newline='') as file:
-        patients = {row['path']: row['patient_id'] for row in csv.DictReader(file)}
-    names = np.array(sorted(name for name in table if name.startswith('Training/')))
-    class_names, labels = np.unique([name.split('/')[1] for name in names], return_inverse=True)
-    groups = pipeline.find_groups(names, names, table)
-    rows = pipeline.split_validation(labels, groups, class_names, fraction=0.1, seed=0)
-    train, validation = ({patients[name] for name in names[r]} - {''} for r in rows)
-    assert not train & validation
-    assert len(validation) > 10
-    assert len(rows[1]) == pytest.approx(len(names) / 10, rel=0.05)
-    shares = [collections.Counter(labels[r].tolist()) for r in rows]
-    for label in range(4):
-        assert shares[1][label] / len(rows[1]) == pytest.approx(shares[0][label] / len(rows[0]), abs=0.01)
+@pytest.mark.parametrize('split', ['standard', 'grouped'])
+def test_no_real_group_stands_on_two_sides(shared, tmp_path_factory, split):
+    config = ml_collections.ConfigDict(
+        {
+            'data_dir': str(shared / 'brain-tumor-mri'),
+            'dataset': 'auto',
+            'prepared_dir': str(tmp_path_factory.getbasetemp() / 'prepared_real'),
+            'groups': str(shared / 'brain-tumor-mri-groups.csv'),
+            'skip_unreadable': False,
+            'skip_mislabelled': False,
+            'split': split,
+            'folds': 5,
+            'fold': 0,
+            'validation_fraction': 0.1,
+            'image_size': 32,
+            'cache_images': 'auto',
+            'seed': 0,
+        }
+    )
+    images = pipeline.load_images(config)
+    with open(config.groups, newline='') as file:
+        rows = {row['path']: row for row in csv.DictReader(file)}
+    for fold in range(5) if split == 'grouped' else (0,):
+        dataset = pipeline.split_images(images, changed(config, fold=fold))
+        sides = [dataset.train, dataset.validation] + ([dataset.test] if split == 'grouped' else [])
+        for column in ('group', 'patient_id'):
+            seen = [{rows[name][column] for name in examples.file_names} - {''} for examples in sides]
+            assert not seen[0] & seen[1] and not set().union(*seen[:2]) & set().union(*seen[2:])
+        if split == 'grouped':
+            shares = np.bincount(dataset.test.labels) / len(dataset.test)
+            expected = np.bincount(images.examples.labels) / len(images.examples)
+            np.testing.assert_allclose(shares, expected, atol=0.03)
+    if split == 'standard':
+        patients = set(dataset.train.patients) | set(dataset.validation.patients)
+        assert sum(patient in patients for patient in dataset.test.patients if patient) == 788

@@ -319,14 +319,14 @@ def test_frozen_mode_trains_the_head_alone(data, tmp_path):
     assert_trees_equal(variables['batch_stats'], state.batch_stats)
     # The checkpoint is a whole network: from the images it gives what the run measured on their features.
     dataset = pipeline.load_dataset(config)
-    outputs = {}
-    for split in ('train', 'test'):
-        images = models.normalize(np.stack([row['image'] for row in getattr(dataset, split)]))
-        outputs[split] = model.apply(variables, images, return_features=True)
-    logits, _ = outputs['test']
+    test, train_images = (np.stack([row['image'] for row in s]) for s in (dataset.test, dataset.train))
+    logits = sum(model.apply(variables, models.normalize(images)) for images in (test, test[:, :, ::-1]))
     assert summary['test']['accuracy'] == pytest.approx(np.mean(np.argmax(logits, axis=1) == dataset.test.labels))
+    expected = sklearn_metrics.log_loss(dataset.test.labels, jax.nn.softmax(logits / 2), labels=range(4))
+    assert summary['test']['loss'] == pytest.approx(expected, rel=1e-3)
     # The last BatchNorm was scaled so that all features that vary spread alike.
-    spread = outputs['train'][1]['pooled'].std(axis=0)
+    _, outputs = model.apply(variables, models.normalize(train_images), return_features=True)
+    spread = outputs['pooled'].std(axis=0)
     np.testing.assert_allclose(spread[spread > 1e-3], 1, rtol=1e-3)
     assert np.any(spread > 1e-3)
 

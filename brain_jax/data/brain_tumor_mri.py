@@ -199,7 +199,7 @@ def read_folder(data_dir, *, class_names=None):
     """
     path = pathlib.Path(data_dir).expanduser().absolute()
     if not path.is_dir():
-        raise InputError(f'{path}: no such folder; --config.data_dir must name one that holds {_LAYOUT}')
+        raise InputError(f'{path}: no such folder; data_dir must name one that holds {_LAYOUT}')
     try:
         found = {split: _read_split(path, names) for split, names in _SPLIT_FOLDERS.items()}
     except OSError as error:

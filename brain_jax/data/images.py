@@ -96,6 +96,28 @@ def decode_image(data, *, name='image'):
         raise InputError(f'{name}: cannot be decoded ({reason})') from error
 
 
+def read_header(data, *, name='image'):
+    """Tells how an image file is stored, without decoding its pixels.
+
+    Args:
+      data: bytes of the file.
+      name: what to call it in an error.
+
+    Returns:
+      (width in pixels, height in pixels, number of channels, format as Pillow names it), before any EXIF orientation.
+
+    Raises:
+      InputError: when the data does not start like an image.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', module=r'PIL\.')  # as in decode_image
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                return *image.size, len(image.getbands()), image.format
+    except Exception as error:  # on hostile bytes Pillow raises nearly anything
+        raise InputError(f'{name}: not a JPEG, PNG, BMP, TIFF or WebP image, or its header is damaged') from error
+
+
 def encode_png(image):
     """Returns an image as the bytes of a PNG file, without loss.
 

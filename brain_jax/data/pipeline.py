@@ -1,7 +1,8 @@
 """Splits, order and batches: from prepared records to arrays on the devices.
 
-A batch is a pure function of the seed and the step, so a resumed run needs no saved iterator: it asks for the steps
-that are left.
+Images that belong together, as slices of a patient or copies, form a group, and no group stands on two sides of a
+split. A batch is a pure function of the seed and the step, so a resumed run needs no saved iterator: it asks for the
+steps that are left.
 """
 
 import collections
@@ -9,7 +10,9 @@ import concurrent.futures
 import csv
 import dataclasses
 import hashlib
+import itertools
 import os
+import pathlib
 import typing
 from collections.abc import Sequence
 
@@ -19,11 +22,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 from absl import logging
-from scipy import sparse
 from sklearn import model_selection
 
 from brain_jax import InputError
-from brain_jax.data import brain_tumor_mri, images
+from brain_jax.data import brain_tumor_mri, groups, images, leakage
 
 # Each thread makes a whole batch, ahead of its use: this hides the decoding of images that are not held in memory.
 _READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
@@ -34,13 +36,14 @@ class Examples:
     """Labelled images with random access, a Grain data source.
 
     Attributes:
-      images: uint8 [size, size] each, all of the split's folder: an array, or a sequence that decodes on access.
-      index: int32 [n], where in `images` an example is. The order is that of the file names and validation is a part of
-        Training's images, so this names an image in every run.
+      images: uint8 [size, size] each, of the whole data set: an array, or a sequence that decodes on access.
+      index: int32 [n], where in `images` an example is. The order is that of the file names, Training's first, whatever
+        the split, so this names an image in every run.
       labels: int32 [n].
       file_names: str [n], relative to the data folder.
       sha256: str [n], of the image files.
       groups: str [n]; examples of one group must stay on the same side of any split.
+      patients: str [n], '' where the patient is not known.
     """
 
     images: Sequence[np.ndarray]
@@ -49,6 +52,7 @@ class Examples:
     file_names: np.ndarray
     sha256: np.ndarray
     groups: np.ndarray
+    patients: np.ndarray
 
     def __len__(self):
         return len(self.labels)
@@ -60,8 +64,26 @@ class Examples:
 
     def subset(self, rows):
         """Returns the examples at `rows`, an integer array; the images are shared, not copied."""
-        arrays = ('index', 'labels', 'file_names', 'sha256', 'groups')
+        arrays = ('index', 'labels', 'file_names', 'sha256', 'groups', 'patients')
         return dataclasses.replace(self, **{name: getattr(self, name)[rows] for name in arrays})
+
+
+class Images(typing.NamedTuple):
+    """A data set, not split yet.
+
+    Attributes:
+      name: name, variant and version of the prepared records.
+      folder: pathlib.Path of the prepared records.
+      class_names: the classes in the order of their labels.
+      examples: all of Training, then all of Testing.
+      is_test: bool [n], of the folder Testing.
+    """
+
+    name: str
+    folder: pathlib.Path
+    class_names: tuple[str, ...]
+    examples: Examples
+    is_test: np.ndarray
 
 
 class Dataset(typing.NamedTuple):
@@ -69,6 +91,7 @@ class Dataset(typing.NamedTuple):
 
     Attributes:
       name: name, variant and version of the prepared records.
+      folder: pathlib.Path of the prepared records.
       class_names: the classes in the order of their labels.
       train: what is learned from.
       validation: chooses the checkpoint; None when config.validation_fraction is 0.
@@ -77,6 +100,7 @@ class Dataset(typing.NamedTuple):
     """
 
     name: str
+    folder: pathlib.Path
     class_names: tuple[str, ...]
     train: Examples
     validation: Examples | None
@@ -85,35 +109,39 @@ class Dataset(typing.NamedTuple):
 
 
 class _DecodedOnAccess:
-    """The resized images of a record source, each decoded when it is asked for."""
+    """The resized images of record sources, one after the other, each decoded when it is asked for."""
 
-    def __init__(self, source, size):
-        self._source = source
+    def __init__(self, sources, size):
+        self._rows = [(source, i) for source in sources for i in range(len(source))]
         self._size = size
 
     def __len__(self):
-        return len(self._source)
+        return len(self._rows)
 
     def __getitem__(self, i):
-        return images.pad_and_resize(images.decode_image(self._source[int(i)]['image']), self._size)
+        source, row = self._rows[int(i)]
+        return images.pad_and_resize(images.decode_image(source[row]['image']), self._size)
 
 
 def load_dataset(config):
-    """Prepares the records if need be, reads them and carves the validation split from Training.
+    """Loads the images and splits them, see `load_images` and `split_images`."""
+    return split_images(load_images(config), config)
+
+
+def load_images(config):
+    """Prepares the records if need be, reads them, and finds out which images belong together.
 
     Args:
       config: the run's configuration; used are data_dir, dataset, prepared_dir, skip_unreadable, groups,
-        validation_fraction, image_size, cache_images and seed.
+        skip_mislabelled, image_size and cache_images.
 
     Returns:
-      A `Dataset`.
+      `Images`.
 
     Raises:
-      InputError: for unusable data, a bad group table, or a validation fraction that the data cannot give.
+      InputError: for unusable data, or a bad group table.
     """
-    if not 0 <= config.validation_fraction < 0.5:
-        raise InputError(f'validation_fraction is {config.validation_fraction}: give at least 0 and less than 0.5')
-    table = read_groups(config.groups) if config.groups else {}
+    table = groups.read_table(config.groups) if config.groups else {}
     builder = brain_tumor_mri.prepare(
         config.data_dir,
         dataset=config.dataset,
@@ -121,33 +149,28 @@ def load_dataset(config):
         skip_unreadable=config.skip_unreadable,
     )
     class_names = tuple(builder.info.features['label'].names)
+    in_memory = _fits_in_memory(config.cache_images, builder.info.splits.total_num_examples * config.image_size**2)
     # The PNG stays encoded here: images.decode_image is the only decoder.
     sources = builder.as_data_source(decoders={'image': tfds.decode.SkipDecoding()})
-    in_memory = _fits_in_memory(config.cache_images, builder.info.splits.total_num_examples * config.image_size**2)
-    train, train_pixels = _read_examples(sources['train'], config.image_size, in_memory, 'Reading the training images')
-    test, test_pixels = _read_examples(sources['test'], config.image_size, in_memory, 'Reading the test images')
-
-    # Over both folders, as two training images can be related through a test image.
-    file_names = np.concatenate([train.file_names, test.file_names])
-    groups = find_groups(file_names, train_pixels + test_pixels, table)
-    splits = {
-        'train': dataclasses.replace(train, groups=groups[: len(train)]),
-        'test': dataclasses.replace(test, groups=groups[len(train) :]),
-    }
-    if config.validation_fraction:
-        train_rows, validation_rows = split_validation(
-            train.labels, splits['train'].groups, class_names, fraction=config.validation_fraction, seed=config.seed
-        )
-        splits['validation'] = splits['train'].subset(validation_rows)
-        splits['train'] = splits['train'].subset(train_rows)
-    return Dataset(
+    sources = [sources['train'], sources['test']]
+    folder = pathlib.Path(builder.data_path)
+    examples, pixels = _read_examples(sources, config.image_size, in_memory)
+    copies = _find_copies(folder, sources, examples.file_names, pixels)
+    joined, patients = groups.join_table(examples.file_names, table, copies)
+    examples = dataclasses.replace(examples, groups=joined, patients=patients)
+    images_ = Images(
         name=builder.info.full_name,
+        folder=folder,
         class_names=class_names,
-        train=splits['train'],
-        validation=splits.get('validation'),
-        test=splits['test'],
-        split_sha256=_describe_splits(splits, class_names),
+        examples=examples,
+        is_test=np.arange(len(examples)) >= len(sources[0]),
     )
+    wrong = groups.find_mislabelled(examples.file_names, [class_names[label] for label in examples.labels], table)
+    if not config.skip_mislabelled or not wrong.any():
+        return images_
+    logging.warning('left out %d mislabelled images', wrong.sum())
+    rows = np.flatnonzero(~wrong)
+    return images_._replace(examples=examples.subset(rows), is_test=images_.is_test[rows])
 
 
 def _fits_in_memory(cache_images, num_bytes):
@@ -158,21 +181,31 @@ def _fits_in_memory(cache_images, num_bytes):
     return cache_images == 'always' or (cache_images == 'auto' and num_bytes < physical / 4)
 
 
-def _read_examples(source, size, in_memory, description):
-    """Reads every record once; returns examples, whose groups are still empty, and a hash of each one's pixels."""
-    resized = np.empty((len(source), size, size), np.uint8) if in_memory else _DecodedOnAccess(source, size)
+def _map_images(function, sources, description):
+    """Returns function(position, row of its source, image uint8 [height, width]) of every record, in order."""
+    rows = [(source, i) for source in sources for i in range(len(source))]
 
-    def read(i):
+    def call(position):
+        source, i = rows[position]
         row = source[i]
-        image = images.decode_image(row['image'])
+        return function(position, row, images.decode_image(row['image']))
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(call, range(len(rows)))
+        return list(tqdm.tqdm(results, description, len(rows), unit=' images', leave=False, disable=None))
+
+
+def _read_examples(sources, size, in_memory):
+    """Reads every record once; returns examples, whose groups are still empty, and a hash of each one's pixels."""
+    resized = np.empty((sum(map(len, sources)), size, size), np.uint8) if in_memory else _DecodedOnAccess(sources, size)
+
+    def read(position, row, image):
         if in_memory:
-            resized[i] = images.pad_and_resize(image, size)
+            resized[position] = images.pad_and_resize(image, size)
         pixels = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
         return row['label'], row['file_name'].decode(), row['sha256'].decode(), pixels
 
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        rows = pool.map(read, range(len(source)))
-        rows = list(tqdm.tqdm(rows, description, len(source), unit=' images', leave=False, disable=None))
+    rows = _map_images(read, sources, 'Reading the images')
     labels, file_names, sha256, pixels = zip(*rows, strict=True)
     examples = Examples(
         images=resized,
@@ -181,101 +214,106 @@ def _read_examples(source, size, in_memory, description):
         file_names=np.array(file_names),
         sha256=np.array(sha256),
         groups=np.full(len(rows), ''),
+        patients=np.full(len(rows), ''),
     )
     return examples, pixels
 
 
-def read_groups(path):
-    """Reads a table of images that belong together, such as all slices of a patient.
+def _find_copies(folder, sources, file_names, pixels):
+    """Returns the groups that copies form, str [n]; found once and kept as a table beside the prepared records."""
+    path = folder / f'copies_{leakage.NEAR_COPY:g}.csv'
+    if not path.exists():
+        thumbnails = _map_images(
+            lambda position, row, image: images.pad_and_resize(image, 64), sources, 'Comparing the images'
+        )
+        copies = leakage.copy_groups(file_names, leakage.thumbnails(thumbnails), pixels)
+        try:
+            temporary = path.with_suffix(f'.{os.getpid()}.tmp')
+            with open(temporary, 'w', newline='', encoding='utf-8') as file:
+                csv.writer(file).writerows([('path', 'group'), *zip(file_names, copies, strict=True)])
+            os.replace(temporary, path)
+        except OSError as error:
+            logging.warning('%s cannot be kept (%s): the copies are searched again next time', path, error.strerror)
+        return copies
+    table = groups.read_table(path)
+    return np.array([table[name].group for name in file_names])
+
+
+def split_images(images_, config):
+    """Splits a data set into train, validation and test.
 
     Args:
-      path: a CSV file with the columns path (as in `Examples.file_names`) and group; others are ignored.
+      images_: `Images`.
+      config: the run's configuration; used are split, folds, fold, validation_fraction and seed.
+        'standard': the test split is the folder Testing. 'grouped': one of `folds` parts of all images, of whole groups
+        and with the classes in equal shares. 'random': the same of single images, which tells how much a split that
+        does not know of groups flatters.
 
     Returns:
-      A dict from path to group.
+      A `Dataset`; no group is in both train and validation and, but for 'standard' and 'random', in test.
 
     Raises:
-      InputError: for a file that cannot be read, a missing column or value, or a path in two groups.
+      InputError: for a fold that is none, or a class with too few groups.
     """
-    table = {}
-    try:
-        with open(path, newline='', encoding='utf-8-sig') as file:
-            reader = csv.DictReader(file)
-            for column in {'path', 'group'}.difference(reader.fieldnames or ()):
-                raise InputError(f'group table {path}: its first line names no column {column!r}')
-            for row in reader:
-                name, group = row['path'], row['group']
-                if not name or not group:
-                    raise InputError(f'group table {path}: line {reader.line_num} has no path or no group')
-                if table.setdefault(name, group) != group:
-                    raise InputError(f'group table {path}: {name} is in two groups, {table[name]} and {group}')
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f'group table {path} cannot be read: {error}') from error
-    return table
+    examples, class_names = images_.examples, images_.class_names
+    if not 0 <= config.validation_fraction < 0.5:
+        raise InputError(f'validation_fraction is {config.validation_fraction}: give at least 0 and less than 0.5')
+    if config.split == 'standard':
+        train_rows, test_rows = np.flatnonzero(~images_.is_test), np.flatnonzero(images_.is_test)
+    elif config.split in ('grouped', 'random'):
+        if config.folds < 2 or not 0 <= config.fold < config.folds:
+            raise InputError(f'fold is {config.fold} of {config.folds} folds: count from 0, and take 2 folds or more')
+        units = examples.groups if config.split == 'grouped' else examples.file_names
+        train_rows, test_rows = split_by_group(
+            examples.labels, units, class_names, folds=config.folds, fold=config.fold, seed=config.seed
+        )
+    else:
+        raise InputError(f"split is {config.split!r}: use 'standard', 'grouped' or 'random'")
+    splits = {'train': examples.subset(train_rows), 'test': examples.subset(test_rows)}
+    if config.validation_fraction:
+        rest = splits['train']
+        # Of 1/2, 1/3, 1/4, ... the nearest is taken.
+        train_rows, validation_rows = split_by_group(
+            rest.labels, rest.groups, class_names, folds=round(1 / config.validation_fraction), fold=0, seed=config.seed
+        )
+        splits['train'], splits['validation'] = rest.subset(train_rows), rest.subset(validation_rows)
+    return Dataset(
+        name=images_.name,
+        folder=images_.folder,
+        class_names=class_names,
+        train=splits['train'],
+        validation=splits.get('validation'),
+        test=splits['test'],
+        split_sha256=_describe_splits(splits, class_names),
+    )
 
 
-def find_groups(file_names, pixels, table):
-    """Joins the images that share a group of the table or their pixels, also where it is through other images.
-
-    Args:
-      file_names: str [n].
-      pixels: str [n], equal where the decoded images are; files of equal bytes are among them.
-      table: a dict from file name to group, may be empty.
-
-    Returns:
-      str [n], the name of each image's group: its first group in the table, else its first file.
-
-    Raises:
-      InputError: when a table names none of the images.
-    """
-    size = len(file_names)
-    tabled = [i for i, name in enumerate(file_names) if name in table]
-    if table:
-        if not tabled:
-            raise InputError(f'the group table names none of the images: its paths must look like {file_names[0]}')
-        if len(tabled) < len(table):
-            logging.warning('group table: %d of %d paths are not in the data', len(table) - len(tabled), len(table))
-        if len(tabled) < size:
-            logging.warning('group table: %d images are not in it; only copies join them', size - len(tabled))
-    # A graph that links every image to its pixels and its group in the table; what is connected belongs together.
-    keys = [f'pixels {key}' for key in pixels] + [f'group {table[file_names[i]]}' for i in tabled]
-    _, nodes = np.unique(keys, return_inverse=True)
-    links = (np.ones(len(keys)), ([*range(size), *tabled], size + nodes))
-    graph = sparse.coo_array(links, shape=(size + len(keys), size + len(keys)))
-    _, components = sparse.csgraph.connected_components(graph, directed=False)
-    names = {}
-    for name, component in zip(file_names, components[:size], strict=True):
-        candidate = (0, table[name]) if name in table else (1, f'image {name}')
-        names[component] = min(names.get(component, candidate), candidate)
-    return np.array([names[component][1] for component in components[:size]])
-
-
-def split_validation(labels, groups, class_names, *, fraction, seed):
-    """Draws whole groups for validation, with the classes in the same shares as nearly as the groups allow.
+def split_by_group(labels, units, class_names, *, folds, fold, seed):
+    """Draws whole groups for one of several parts, with the classes in the same shares as nearly as the groups allow.
 
     Args:
       labels: int32 [n].
-      groups: str [n].
+      units: str [n], the groups.
       class_names: names of the labels, for messages.
-      fraction: part of the images to draw, in (0, 0.5); of 1/2, 1/3, 1/4, ... the nearest is taken.
+      folds: number of parts.
+      fold: which of them, from 0.
       seed: another one draws other groups.
 
     Returns:
-      The rows to train on and those to validate on, rising integer arrays.
+      The rows outside of the part and those in it, rising integer arrays.
 
     Raises:
-      InputError: when a class has too few groups for the fraction.
+      InputError: when a class has too few groups.
     """
-    num_folds = round(1 / fraction)
     for label, name in enumerate(class_names):
-        num_groups = len(np.unique(groups[labels == label]))
-        if num_groups < num_folds:
+        num_groups = len(np.unique(units[labels == label]))
+        if num_groups < folds:
             raise InputError(
-                f'class {name} has only {num_groups} groups of training images, validation_fraction={fraction:g} needs '
-                f'{num_folds}: give a larger fraction, or 0 to train without validation'
+                f'class {name} has only {num_groups} groups of images, a split into {folds} parts needs as many: '
+                'take fewer folds, a larger validation_fraction, or 0 to train without validation'
             )
-    folds = model_selection.StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
-    return next(folds.split(labels, labels, groups))
+    splitter = model_selection.StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    return next(itertools.islice(splitter.split(labels, labels, units), fold, None))
 
 
 def _describe_splits(splits, class_names):
@@ -340,6 +378,14 @@ def eval_batches(examples, *, batch_size, process_index=0, process_count=1):
     num_rows = -(-len(examples) // batch_size) * batch_size
     rows = grain.MapDataset.range(num_rows).map(lambda i: examples[i] if i < len(examples) else filling)
     return iter(rows.batch(local_size)[process_index::process_count].to_iter_dataset(_READ_OPTIONS))
+
+
+def sharded_eval_batches(examples, batch_size, sharding):
+    """Returns the batches of `eval_batches` on the devices, each the whole batch of all processes."""
+    batches = eval_batches(
+        examples, batch_size=batch_size, process_index=jax.process_index(), process_count=jax.process_count()
+    )
+    return prefetch(batches, sharding)
 
 
 def _local_size(batch_size, process_count):

@@ -1,0 +1,249 @@
+"""Cross-validation: every image is tested once, by a network that saw nothing of its group."""
+
+import csv
+import io
+import itertools
+import pathlib
+import typing
+
+import numpy as np
+from absl import logging
+from scipy import special, stats
+
+from brain_jax import InputError, features, parallel, train
+from brain_jax.data import pipeline
+from brain_jax.evaluation import evaluate, figures, report, scores
+
+TITLES = {
+    'accuracy': 'accuracy',
+    'macro_f1': 'F1, macro',
+    'roc_auc': 'ROC-AUC, macro',
+    'ece': 'expected calibration error',
+    'ece_calibrated': 'the same, calibrated',
+}
+SCORES = tuple(TITLES)
+
+
+class Fold(typing.NamedTuple):
+    """One part of the images, tested by a run that did not learn from it.
+
+    Attributes:
+      split: 'grouped' or 'random'.
+      seed: of the split and of the training.
+      fold: which part.
+      examples: its `pipeline.Examples`, n of them.
+      num_seen: number of images that the run learned from or was chosen by.
+      probabilities: float64 [n, classes].
+      calibrated: float64 [n, classes], at the temperature that validation gave; None without one.
+      hashes: of checkpoint, configuration and split.
+    """
+
+    split: str
+    seed: int
+    fold: int
+    examples: typing.Any
+    num_seen: int
+    probabilities: np.ndarray
+    calibrated: np.ndarray | None
+    hashes: dict
+
+
+def cross_validate(config, output, *, seeds=(0,), splits=('grouped',)):
+    """Trains and tests a network on every fold, and reports the scores over all of them.
+
+    A run that is finished is not repeated, and one that was stopped goes on. Written are a folder a run, and
+    predictions.csv, cross_validation.json and report.html.
+
+    Args:
+      config: the configuration of each run; its split, fold and seed are replaced.
+      output: the folder to write.
+      seeds: integers; each draws other folds, and trains with other random numbers.
+      splits: 'grouped', and 'random' for what a split that ignores groups would tell.
+
+    Returns:
+      The content of cross_validation.json, a dictionary.
+
+    Raises:
+      InputError: for configurations and data that cannot be used, and an output that cannot be written.
+    """
+    output = pathlib.Path(output)
+    if output.exists() and not output.is_dir():
+        raise InputError(f'the output {output} is a file: give a folder')
+    images = train.load_images(config, output)
+    pooled = load_features(config, images) if config.mode == 'frozen' else None
+    folds = []
+    runs = list(itertools.product(splits, seeds, range(config.folds)))
+    for number, (split, seed, fold) in enumerate(runs, 1):
+        workdir = output / f'{split}_seed{seed}_fold{fold}'
+        logging.info('run %d of %d: %s', number, len(runs), workdir)
+        fold_config = config.copy_and_resolve_references()
+        fold_config.update({'split': split, 'seed': seed, 'fold': fold})
+        train.train_and_evaluate(fold_config.lock(), workdir, images)
+        folds.append(test_fold(workdir, images, pooled))
+    result = {
+        'class_names': list(images.class_names),
+        'mode': config.mode,
+        'dataset': images.name,
+        'folds': config.folds,
+        'seeds': list(seeds),
+        'splits': {
+            split: summarize([fold for fold in folds if fold.split == split], images.class_names) for split in splits
+        },
+    }
+    write_report(result, folds, output)
+    return result
+
+
+def load_features(config, images):
+    """Returns the backbone's features of all images: the runs find them beside the prepared records."""
+    mesh = parallel.make_mesh()
+    dataset = pipeline.split_images(images, config)
+    model = train.create_model(config, len(images.class_names))
+    state, _, _ = train.create_train_state(config, model, mesh, total_steps=1, steps_per_epoch=1.0)
+    return features.load_features(dataset, model, state.params, state.batch_stats, config, mesh)
+
+
+def test_fold(workdir, images, pooled):
+    """Returns the `Fold` of a finished run."""
+    run = train.load_run(workdir, images=images, pooled=pooled)
+    logits = train.predict(run, 'test').astype(np.float64)
+    temperature = None
+    if run.dataset.validation is not None:
+        temperature = scores.fit_temperature(train.predict(run, 'validation'), run.dataset.validation.labels)
+    return Fold(
+        split=run.config.split,
+        seed=run.config.seed,
+        fold=run.config.fold,
+        examples=run.dataset.test,
+        num_seen=len(images.examples) - len(run.dataset.test),
+        probabilities=special.softmax(logits, axis=1),
+        calibrated=None if temperature is None else special.softmax(logits / temperature, axis=1),
+        hashes=evaluate.describe_run(run, 'test')['hashes'],
+    )
+
+
+def summarize(folds, class_names):
+    """Scores the folds of one kind of split.
+
+    Args:
+      folds: list of `Fold`, of one split.
+      class_names: str [classes].
+
+    Returns:
+      A dictionary: `runs`, the `SCORES` of each fold; `mean`, `standard_deviation` and `interval` of each score over
+      them; `images`, the scores of all images of a seed together, each by the run that did not see it, a dictionary by
+      seed.
+    """
+    runs = []
+    for fold in folds:
+        found = scores.score_predictions(
+            fold.probabilities, fold.examples.labels, fold.examples.groups, class_names
+        ) | scores.score_calibration(fold.probabilities, fold.examples.labels)
+        found['ece_calibrated'] = (
+            None if fold.calibrated is None else scores.score_calibration(fold.calibrated, fold.examples.labels)['ece']
+        )
+        runs.append(
+            {'seed': fold.seed, 'fold': fold.fold, 'n': len(fold.examples), 'groups': found['groups']}
+            | {name: found[name] for name in SCORES}
+            | {'hashes': fold.hashes}
+        )
+    summary = {'runs': runs, 'mean': {}, 'standard_deviation': {}, 'interval': {}, 'images': {}}
+    ratio = np.mean([len(fold.examples) / fold.num_seen for fold in folds])
+    for name in SCORES:
+        values = [run[name] for run in runs]
+        exists = None not in values
+        summary['mean'][name] = float(np.mean(values)) if exists else None
+        summary['standard_deviation'][name] = float(np.std(values, ddof=1)) if exists and len(values) > 1 else None
+        summary['interval'][name] = corrected_interval(values, ratio) if exists else None
+    for seed in dict.fromkeys(fold.seed for fold in folds):
+        mine = [fold for fold in folds if fold.seed == seed]
+        probabilities, labels, groups = (
+            np.concatenate(parts)
+            for parts in zip(
+                *[(fold.probabilities, fold.examples.labels, fold.examples.groups) for fold in mine], strict=True
+            )
+        )
+        summary['images'][str(seed)] = scores.score_predictions(probabilities, labels, groups, class_names)
+    return summary
+
+
+def corrected_interval(values, ratio):
+    """Returns the 95 % interval of the mean of a score over folds.
+
+    Folds share most of their training images, so their scores vary less than independent ones would: the variance is
+    corrected as Nadeau and Bengio (2003) do, `(1 / folds + test images / training images)` times that of the scores.
+
+    Args:
+      values: float [runs], folds of one or several seeds.
+      ratio: test images over training images of a run.
+
+    Returns:
+      Its two ends, or None for less than two values.
+    """
+    count = len(values)
+    if count < 2:
+        return None
+    deviation = np.sqrt((1 / count + ratio) * np.var(values, ddof=1))
+    reach = stats.t.ppf(0.975, count - 1) * deviation
+    return [float(np.mean(values) - reach), float(np.mean(values) + reach)]
+
+
+def format_predictions(folds, class_names):
+    """Returns the content of predictions.csv: a row an image, split and seed."""
+    rows = []
+    for fold in folds:
+        for i, probabilities in enumerate(fold.probabilities):
+            rows.append(
+                {
+                    'path': fold.examples.file_names[i],
+                    'split': fold.split,
+                    'seed': fold.seed,
+                    'fold': fold.fold,
+                    'label': class_names[fold.examples.labels[i]],
+                    'predicted': class_names[probabilities.argmax()],
+                }
+                | {f'probability_{name}': value for name, value in zip(class_names, probabilities, strict=True)}
+                | {'group': fold.examples.groups[i], 'patient': fold.examples.patients[i]}
+                | {f'{name}_sha256': fold.hashes[f'{name}_sha256'] for name in ('checkpoint', 'config', 'split')}
+            )
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def write_report(result, folds, output):
+    """Writes predictions.csv, cross_validation.json and report.html."""
+    class_names = result['class_names']
+    pictures = {}
+    for split, summary in result['splits'].items():
+        for seed, found in summary['images'].items():
+            title = f'{split}, seed {seed}: {found["n"]:,} images'
+            pixels = figures.draw_confusion(found['confusion'], class_names, title, f'{result["dataset"]}')
+            pictures[split, seed] = figures.to_data_uri(figures.to_png(pixels))
+    page = (
+        report.environment()
+        .get_template('cross_validation.html')
+        .render(result=result, pictures=pictures, titles=TITLES)
+    )
+    report.write_whole(output / 'predictions.csv', format_predictions(folds, class_names))
+    report.write_whole(output / 'cross_validation.json', report.format_json(result))
+    report.write_whole(output / 'report.html', page)
+
+
+def format_summary(result):
+    """Returns the scores as lines for a terminal."""
+    lines = []
+    for split, summary in result['splits'].items():
+        lines.append(f'{split}, {result["folds"]} folds, {len(result["seeds"])} seeds:')
+        for name in SCORES:
+            mean, deviation = summary['mean'][name], summary['standard_deviation'][name]
+            if mean is None:
+                lines.append(f'  {TITLES[name]:32} not defined in every fold')
+                continue
+            interval = summary['interval'][name]
+            lines.append(
+                f'  {TITLES[name]:32} {mean:.4f} +- {deviation:.4f}   95 % [{interval[0]:.4f}, {interval[1]:.4f}]'
+            )
+    return '\n'.join(lines)

@@ -1,0 +1,116 @@
+"""Tests of brain_jax.evaluation.cross_validation and its script."""
+
+import csv
+import json
+import pathlib
+import runpy
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn import metrics
+
+from brain_jax.data import phantom
+from brain_jax.evaluation import cross_validation
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+get_config = runpy.run_path(str(REPOSITORY / 'configs/densenet121.py'))['get_config']
+
+
+@pytest.fixture(scope='module')
+def command(tmp_path_factory):
+    """The command line of a small cross-validation, and its folder after it ran."""
+    folder = tmp_path_factory.mktemp('cross_validation')
+    phantom.make_phantom(folder / 'phantom', train_per_class=12, test_per_class=4, image_size=32)
+    fields = {
+        'data_dir': folder / 'phantom',
+        'prepared_dir': folder / 'prepared',
+        'model': '_DenseNetTiny',
+        'pretrained': '',
+        'image_size': 32,
+        'batch_size': 16,
+        'eval_batch_size': 16,
+        'num_epochs': 5.0,
+        'validation_fraction': 0.25,
+        'folds': 2,
+    }
+    arguments = [sys.executable, 'scripts/cross_validate.py', '--config', 'configs/densenet121.py:frozen']
+    arguments += ['--workdir', str(folder / 'out'), '--seeds', '3,4', '--random']
+    arguments += [f'--config.{name}={value}' for name, value in fields.items()]
+    result = subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return arguments, folder, result.stdout
+
+
+def test_every_image_is_tested_once(command):
+    _, folder, printed = command
+    with open(folder / 'out/predictions.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    report = json.loads((folder / 'out/cross_validation.json').read_text())
+    paths = sorted(path.relative_to(folder / 'phantom').as_posix() for path in (folder / 'phantom').glob('*/*/*.png'))
+    for split in ('grouped', 'random'):
+        summary = report['splits'][split]
+        for seed in (3, 4):
+            mine = [row for row in rows if (row['split'], row['seed']) == (split, str(seed))]
+            assert sorted(row['path'] for row in mine) == paths
+            accuracy = metrics.accuracy_score([row['label'] for row in mine], [row['predicted'] for row in mine])
+            assert summary['images'][str(seed)]['accuracy'] == pytest.approx(accuracy)
+            for fold in (0, 1):
+                part = [row for row in mine if row['fold'] == str(fold)]
+                names = report['class_names']
+                probabilities = np.array([[float(row[f'probability_{name}']) for name in names] for row in part])
+                assert [names[k] for k in probabilities.argmax(axis=1)] == [row['predicted'] for row in part]
+                (run,) = (run for run in summary['runs'] if (run['seed'], run['fold']) == (seed, fold))
+                expected = metrics.accuracy_score([row['label'] for row in part], [row['predicted'] for row in part])
+                assert run['accuracy'] == pytest.approx(expected)
+                expected = metrics.roc_auc_score(
+                    [names.index(row['label']) for row in part],
+                    probabilities / probabilities.sum(axis=1, keepdims=True),
+                    multi_class='ovr',
+                )
+                assert run['roc_auc'] == pytest.approx(expected)
+                # What the run itself measured on the same images.
+                written = json.loads((folder / f'out/{split}_seed{seed}_fold{fold}/summary.json').read_text())
+                assert written['test']['accuracy'] == pytest.approx(run['accuracy'])
+        accuracies = [run['accuracy'] for run in summary['runs']]
+        assert summary['mean']['accuracy'] == pytest.approx(np.mean(accuracies))
+        assert summary['standard_deviation']['accuracy'] == pytest.approx(stats.tstd(accuracies))
+        assert f'{np.mean(accuracies):.4f}' in printed
+
+
+def test_finished_runs_are_not_repeated(command):
+    arguments, folder, _ = command
+    summaries = sorted((folder / 'out').glob('*/summary.json'))
+    assert len(summaries) == 8
+    times = [path.stat().st_mtime_ns for path in summaries[1:]]
+    first = json.loads(summaries[0].read_text())
+    summaries[0].unlink()
+    result = subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert [path.stat().st_mtime_ns for path in summaries[1:]] == times
+    assert json.loads(summaries[0].read_text())['test'] == first['test']
+    features = list((folder / 'prepared').rglob('features_*.npy'))
+    assert len(features) == 2  # of the images and their mirror images: one set for all folds and seeds
+
+
+def test_page_needs_no_other_file(command):
+    page = (command[1] / 'out/report.html').read_text()
+    assert 'http' not in page and page.count('data:image/png') == 4
+
+
+def test_corrected_interval():
+    # By hand: mean 0.9, variance 0.0001, factor 1/5 + 1/4, t(0.975, 4) = 2.776445.
+    reach = 2.776445 * np.sqrt(0.45 * 0.0001)
+    values = 0.9 + np.array([-0.01, -0.01, 0, 0.01, 0.01])
+    assert np.var(values, ddof=1) == pytest.approx(0.0001)
+    assert cross_validation.corrected_interval(values, 0.25) == pytest.approx([0.9 - reach, 0.9 + reach], abs=1e-6)
+    assert cross_validation.corrected_interval([0.9], 0.25) is None
+
+
+def test_bad_seeds(command):
+    arguments = [*command[0], '--seeds', '1,x']
+    result = subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert result.stderr.strip().splitlines()[-1] == 'error: --seeds is 1,x: give whole numbers, such as 0,1,2'
