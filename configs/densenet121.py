@@ -97,10 +97,9 @@ def get_config(mode='finetune'):
     config.profile = False  # write a profile of a few steps for TensorBoard
 
     if mode == 'frozen':
-        config.num_epochs = 150.0
-        config.batch_size = 128
+        config.num_epochs = 100.0
+        config.batch_size = 256
         config.freeze = '^(?!predictions)'
-        config.learning_rate = 2e-4  # times head_multiplier
         config.weight_decay = 0.1
         config.mixup = 0.5
         config.average_flips = True

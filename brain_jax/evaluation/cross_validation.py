@@ -70,8 +70,7 @@ def cross_validate(config, output, *, seeds=(0,), splits=('grouped',)):
     if output.exists() and not output.is_dir():
         raise InputError(f'the output {output} is a file: give a folder')
     images = train.load_images(config, output)
-    pooled = load_features(config, images) if config.mode == 'frozen' else None
-    folds = []
+    folds, pooled = [], {}
     runs = list(itertools.product(splits, seeds, range(config.folds)))
     for number, (split, seed, fold) in enumerate(runs, 1):
         workdir = output / f'{split}_seed{seed}_fold{fold}'
@@ -79,7 +78,9 @@ def cross_validate(config, output, *, seeds=(0,), splits=('grouped',)):
         fold_config = config.copy_and_resolve_references()
         fold_config.update({'split': split, 'seed': seed, 'fold': fold})
         train.train_and_evaluate(fold_config.lock(), workdir, images)
-        folds.append(test_fold(workdir, images, pooled))
+        if config.mode == 'frozen' and seed not in pooled:  # without pretrained weights the backbone depends on it
+            pooled[seed] = load_features(fold_config, images)
+        folds.append(test_fold(workdir, images, pooled.get(seed)))
     result = {
         'class_names': list(images.class_names),
         'mode': config.mode,
