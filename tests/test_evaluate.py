@@ -52,7 +52,8 @@ def make_run(fields, workdir, **changes):
         image_size=32,
         batch_size=16,
         eval_batch_size=24,
-        num_epochs=1.0,
+        num_epochs=6.0,
+        learning_rate=3e-3,
         validation_fraction=0.25,
         **fields,
     )
@@ -103,7 +104,7 @@ def test_temperature_is_that_of_validation(evaluated):
     assert stored['fitted_on'] == 'validation' and temperature > 0
     # At the fitted temperature validation is likelier than at its neighbours.
     run = train.load_run(workdir)
-    logits, labels = train.predict(run, 'validation'), run.dataset.validation.labels
+    logits, labels = train.predict(run, 'validation').astype(np.float64), run.dataset.validation.labels
     losses = [
         -special.log_softmax(logits / t, axis=1)[np.arange(len(labels)), labels].mean()
         for t in (temperature, 0.98 * temperature, 1.02 * temperature)
