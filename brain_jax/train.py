@@ -9,6 +9,7 @@ import json
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -514,6 +515,7 @@ class Run(NamedTuple):
       model: a `DenseNet`.
       state: `TrainState` of the chosen checkpoint.
       mesh: the devices.
+      logits_step: compiled function (variables, batch) -> logits, mask.
       step: number of the chosen checkpoint.
       checkpoint_sha256: of its parameters and running statistics.
     """
@@ -526,6 +528,7 @@ class Run(NamedTuple):
     model: models.DenseNet
     state: TrainState
     mesh: jax.sharding.Mesh
+    logits_step: Callable
     step: int
     checkpoint_sha256: str
 
@@ -564,6 +567,10 @@ def load_run(workdir, data_dir=None, groups=None, *, images=None, pooled=None):
     state, _, _ = create_train_state(config, model, mesh, total_steps=1, steps_per_epoch=1.0)
     with checkpoints.open_checkpoints(workdir) as manager:
         state, _ = checkpoints.restore(manager, state, summary['best_step'])
+
+    def logits_step(variables, batch):
+        return evaluate_network(model, config, variables, batch['image']), batch['mask']
+
     return Run(
         workdir=workdir,
         run=run,
@@ -573,6 +580,7 @@ def load_run(workdir, data_dir=None, groups=None, *, images=None, pooled=None):
         model=model,
         state=state,
         mesh=mesh,
+        logits_step=jax.jit(logits_step, out_shardings=parallel.replicated(mesh)),
         step=summary['best_step'],
         checkpoint_sha256=checkpoints.content_hash([state.eval_params, state.batch_stats]),
     )
@@ -588,17 +596,12 @@ def predict(run, split):
     Returns:
       Logits float32 [n, classes], in the order of the split's examples.
     """
-
-    def logits_step(variables, batch):
-        return evaluate_network(run.model, run.config, variables, batch['image']), batch['mask']
-
-    logits_step = jax.jit(logits_step, out_shardings=parallel.replicated(run.mesh))
     variables = {'params': run.state.eval_params, 'batch_stats': run.state.batch_stats}
     examples = getattr(run.inputs, split)
     batches = pipeline.sharded_eval_batches(examples, run.config.eval_batch_size, parallel.split_over_data(run.mesh))
     count = -(-len(examples) // run.config.eval_batch_size)
     parts = []
     for batch in tqdm.tqdm(batches, f'Answers to {split}', total=count, unit=' batches', disable=None):
-        logits, mask = jax.tree.map(np.asarray, logits_step(variables, batch))
+        logits, mask = jax.tree.map(np.asarray, run.logits_step(variables, batch))
         parts.append(logits[mask])
     return np.concatenate(parts)

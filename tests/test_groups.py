@@ -75,3 +75,9 @@ def test_bad_table(tmp_path, text, message):
 def test_no_table(tmp_path):
     with pytest.raises(InputError, match='cannot be read'):
         groups.read_table(tmp_path / 'none.csv')
+
+
+def test_words_for_no_patient_join_nothing(tmp_path):
+    path = tmp_path / 'groups.csv'
+    path.write_text('path,patient_id\na,unknown\nb,NaN\nc, 7\n')
+    assert [row.patient for row in groups.read_table(path).values()] == ['', '', '7']

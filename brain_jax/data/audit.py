@@ -166,22 +166,16 @@ def _find_patients(pictures, rows, known, reference_threshold):
     if rows and not rows.keys() & set(pictures.file_names.tolist()):
         raise InputError(f'the group table names none of the images: its paths must look like {pictures.file_names[0]}')
     tabled = [rows.get(name, groups.GroupRow('', '', '')) for name in pictures.file_names]
-    group, patient, label = (np.array([_known(value) for value in column]) for column in zip(*tabled, strict=True))
+    group, patient, label = (np.array(column) for column in zip(*tabled, strict=True))
     if known is None:
         return _Patients(group, patient, np.full(len(tabled), ''), label)
     matches = leakage.best_matches(
         pictures.thumbs, leakage.thumbnails(known.images), progress='Comparing with the reference'
     )
     is_traced = (matches.reference >= 0) & (matches.correlation >= reference_threshold)
-    traced = np.where(is_traced, np.array([_known(value) for value in known.patients])[matches.reference], '')
+    traced = np.where(is_traced, np.array([groups.known(value) for value in known.patients])[matches.reference], '')
     sources = np.where(is_traced, known.class_names[matches.reference], '')
     return _Patients(group, patient, traced, np.where(label == '', sources, label))
-
-
-def _known(value):
-    """Returns a value of a table, '' if it is one of the words that stand for none: they must not join anything."""
-    value = value.strip()
-    return '' if value.lower() in ('nan', 'none', 'null', 'na', 'n/a', 'unknown', '?', '-') else value
 
 
 def _pool(searches, num_train):

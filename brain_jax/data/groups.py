@@ -43,7 +43,7 @@ def read_table(path):
                 )
             for line in reader:
                 name = line['path']
-                row = GroupRow(line.get('group') or '', line.get('patient_id') or '', line.get('source_label') or '')
+                row = GroupRow(*(known(line.get(column)) for column in ('group', 'patient_id', 'source_label')))
                 if not name:
                     raise InputError(f'group table {path}: line {reader.line_num} has no path')
                 if name in table:
@@ -58,6 +58,12 @@ def read_table(path):
     if repeated:
         logging.warning('group table %s: %d rows stand there twice: %s', path, len(repeated), _some(repeated))
     return table
+
+
+def known(value):
+    """Returns a value of a table, '' if it is one of the words that stand for none: they must not join anything."""
+    value = (value or '').strip()
+    return '' if value.lower() in ('nan', 'none', 'null', 'na', 'n/a', 'unknown', '?', '-') else value
 
 
 def _describe_row(row):

@@ -2,16 +2,13 @@
 
 import csv
 import io
-import json
-import os
 import pathlib
 
-import jinja2
 import numpy as np
 
-from brain_jax import InputError
 from brain_jax.data import images, shortcuts
 from brain_jax.evaluation import figures
+from brain_jax.evaluation import report as report_files
 
 MAX_PAIRS = 24  # on a contact sheet
 _SIDE = 128  # of its images, in pixels
@@ -34,19 +31,12 @@ def write_audit(report, output):
     writer.writerows(report['files'])
     summary = {name: value for name, value in report.items() if name != 'files'}
     files = {
-        'audit.json': json.dumps(summary, indent=2, allow_nan=False) + '\n',
+        'audit.json': report_files.format_json(summary),
         'groups.csv': table.getvalue(),
         'audit.html': format_page(report),
     }
     for name, text in files.items():
-        path = pathlib.Path(output, name)
-        temporary = path.with_name(f'.{name}.{os.getpid()}.tmp')
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(text, encoding='utf-8')
-            os.replace(temporary, path)
-        except OSError as error:
-            raise InputError(f'{path} cannot be written: {error.strerror}') from error
+        report_files.write_whole(pathlib.Path(output, name), text)
 
 
 def format_page(report):
@@ -55,15 +45,9 @@ def format_page(report):
     Args:
       report: the dict that `audit.audit` returns; the images of its pairs are read from its data_dir.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader('brain_jax.evaluation'),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     folder = pathlib.Path(report['data_dir'])
-    return environment.get_template('audit.html').render(
+    template = report_files.environment().get_template('audit.html')
+    return template.render(
         report=report,
         name=folder.name,
         sections=_SECTIONS,
