@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import numpy as np
 import tqdm
 from absl import logging
 
-from brain_jax import checkpoints, models, parallel
+from brain_jax import checkpoints, files, models, parallel
 from brain_jax.data import pipeline
 
 
@@ -154,9 +153,8 @@ def compute_features(feature_step, variables, examples, config, mesh, *, mirrore
 def _keep(path, pooled):
     """Writes features to a file that is whole or not there; where it cannot be written the run goes on without."""
     try:
-        temporary = path.with_suffix(f'.{os.getpid()}.tmp')
-        with open(temporary, 'wb') as file:
-            np.save(file, pooled)
-        os.replace(temporary, path)
+        with files.replacing(path) as temporary:
+            np.save(temporary, pooled)
     except OSError as error:
-        logging.warning('%s cannot be kept (%s): the next run computes the features anew', path, error.strerror)
+        reason = error.strerror or error  # NumPy's own, of a full disk, has none
+        logging.warning('%s cannot be kept (%s): the next run computes the features anew', path, reason)

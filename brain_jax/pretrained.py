@@ -23,7 +23,6 @@ import os
 import pathlib
 import re
 import shutil
-import tempfile
 import urllib.request
 import zipfile
 from collections.abc import Callable
@@ -39,7 +38,7 @@ import safetensors
 import safetensors.numpy
 from absl import logging
 
-from brain_jax import InputError, models
+from brain_jax import InputError, files, models
 
 LAYOUT = 'brain_jax-1'
 MODELS = ('DenseNet121', 'DenseNet169', 'DenseNet201')
@@ -175,21 +174,11 @@ def write_weights(path, variables, *, source, source_sha256):
     }
     metadata = {'layout': LAYOUT, 'source': str(source), 'source_sha256': source_sha256}
     try:
-        with _replacing(path) as temporary:
+        with files.replacing(path) as temporary:
             safetensors.numpy.save_file(arrays, temporary, metadata)
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f'{path}: cannot be written ({error})') from error
     return len(arrays), sum(array.size for array in arrays.values())
-
-
-@contextlib.contextmanager
-def _replacing(path):
-    """Yields a temporary name beside `path` that takes its place when all went well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f'.{path.name}.', dir=path.parent) as folder:
-        temporary = pathlib.Path(folder, path.name)
-        yield temporary
-        os.replace(temporary, path)
 
 
 def _read_weights(source, expected):
@@ -509,7 +498,7 @@ def _published_file(expected):
 def _download(address, path, md5):
     """Downloads a file, which must have the given MD5."""
     logging.info('downloading %s to %s', address, path)
-    with _replacing(path) as temporary:
+    with files.replacing(path) as temporary:
         with urllib.request.urlopen(address, timeout=30) as response, temporary.open('wb') as file:
             shutil.copyfileobj(response, file)
         found = _digest(temporary, 'md5')

@@ -8,12 +8,11 @@ import hashlib
 import importlib.metadata
 import json
 import operator
-import os
 
 import flax.traverse_util
 import jax
 
-from brain_jax import InputError, models
+from brain_jax import InputError, files, models
 
 
 def describe_run(config, dataset, weights_sha256):
@@ -49,15 +48,8 @@ def write_json(path, value):
     Raises:
       InputError: where the folder cannot be written to.
     """
-    if jax.process_index() != 0:
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix('.tmp')
-        temporary.write_text(json.dumps(value, indent=2) + '\n')
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f'{path} cannot be written: {error.strerror}') from error
+    if jax.process_index() == 0:
+        files.write_whole(path, json.dumps(value, indent=2) + '\n')
 
 
 def check_workdir(config, workdir):
@@ -142,9 +134,3 @@ def check_config(config):
     for holds, field, wanted in rules:
         if not holds:
             raise InputError(f'config.{field} is {operator.attrgetter(field)(config)!r}: give {wanted}')
-
-
-def hyperparameters(config):
-    """Returns the configuration as TensorBoard takes it: flat, and numbers, strings and booleans only."""
-    flat = flax.traverse_util.flatten_dict(config.to_dict(), sep='.')
-    return {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in flat.items()}

@@ -1,4 +1,4 @@
-"""Training and evaluation of a DenseNet: the only module that knows all others.
+"""Training of a DenseNet, state, steps and loop: the only module that knows all others.
 
 How a run starts: from the latest checkpoint of its own workdir; else from the weights of `config.pretrained`; else from
 random ones.
@@ -7,20 +7,17 @@ random ones.
 import functools
 import json
 import pathlib
-import sys
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 import tqdm
 from absl import logging
-from clu import metric_writers, parameter_overview, periodic_actions
+from clu import metric_writers, periodic_actions
 from flax.training import train_state
 
 from brain_jax import (
@@ -34,6 +31,7 @@ from brain_jax import (
     parallel,
     pretrained,
     run_folder,
+    training_log,
 )
 from brain_jax.data import phantom, pipeline
 
@@ -259,33 +257,6 @@ def balanced_weights(dataset):
     return len(dataset.train) / (len(counts) * counts)
 
 
-def create_writer(workdir):
-    """Returns the CLU writer: TensorBoard files, and plain lines where no progress bar shows."""
-    writers = []
-    if jax.process_index() == 0:
-        writers.append(metric_writers.SummaryWriter(str(workdir)))
-    if not sys.stderr.isatty():
-        writers.append(metric_writers.LoggingWriter())
-    return metric_writers.AsyncMultiWriter(writers)
-
-
-def write_scores(writer, step, split, scores, confusion, class_names):
-    """Writes the scores of a split and the picture of its confusion matrix."""
-    writer.write_scalars(step, {f'{split}_{name}': value for name, value in scores.items()})
-    writer.write_images(step, {f'{split}_confusion': metrics.draw_confusion(confusion, class_names)})
-    logging.info(
-        'step %d, %s: accuracy %.2f %%, macro F1 %.4f, loss %.4f, %d images',
-        *(step, split, 100 * scores['accuracy'], scores['macro_f1'], scores['loss'], scores['n']),
-    )
-
-
-def write_augmented(writer, step, config, batch):
-    """Writes up to 16 images of a training batch as the network sees them."""
-    key_augment, _ = step_keys(config, step)
-    images = augment.augment_batch(key_augment, batch['image'][:16], batch['index'][:16], config.augment)
-    writer.write_images(step, {'augmented': np.asarray(images, np.uint8)[..., None]})
-
-
 def check_health(step, health, manager):
     """Raises `FloatingPointError` where the loss, a gradient or a parameter of a step is not finite."""
     loss, gradient_norm, parameter_norm = np.asarray(health)
@@ -367,7 +338,8 @@ def train(
     log_step, log_time = start_step, time.monotonic()
     for step, batch in enumerate(bar, start_step + 1):
         if step == 1 and config.mode != 'frozen':
-            write_augmented(writer, 0, config, batch)
+            key_augment, _ = step_keys(config, 0)
+            training_log.write_augmented(writer, 0, key_augment, batch, config.augment)
         with jax.profiler.StepTraceAnnotation('train', step_num=step):
             state, update, health = train_step(state, batch)
         if last_health is not None:  # of the step before, so that the device has its next step while the host looks
@@ -388,7 +360,7 @@ def train(
             check_health(step, health, manager)
             pause_time = time.monotonic()
             validation, confusion = evaluate(eval_step, state, dataset.validation, config, mesh)
-            write_scores(writer, step, 'validation', validation, confusion, dataset.class_names)
+            training_log.write_scores(writer, step, 'validation', validation, confusion, dataset.class_names)
             progress = update_progress(progress, validation)
             log_time += time.monotonic() - pause_time  # evaluation is no part of the training speed
         stop = config.early_stopping and progress['evaluations_since_best'] >= config.early_stopping
@@ -413,16 +385,8 @@ def final_scores(config, state, dataset, mesh, eval_step, manager, writer):
         if examples is not None:
             scores[split], confusion = evaluate(eval_step, state, examples, config, mesh)
             tag = {'validation': 'best_validation', 'test': 'test'}[split]
-            write_scores(writer, int(state.step), tag, scores[split], confusion, dataset.class_names)
+            training_log.write_scores(writer, int(state.step), tag, scores[split], confusion, dataset.class_names)
     return scores | {'best_step': int(state.step)}
-
-
-def start_log(writer, config, state):
-    """Writes what is known before the first step: the configuration and the parameters."""
-    writer.write_hparams(run_folder.hyperparameters(config))
-    table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-    writer.write_texts(0, {'parameters': f'```\n{table}\n```'})
-    logging.info('%d parameters', parameter_overview.count_parameters(state.params))
 
 
 def train_and_evaluate(config, workdir, images=None):
@@ -467,11 +431,11 @@ def train_and_evaluate(config, workdir, images=None):
         state = state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params) if config.ema_decay else None)
         feature_mean = dataset.train.images[dataset.train.index].mean(axis=(0, 1))
 
-    writer = create_writer(workdir)
+    writer = training_log.create_writer(workdir)
     with checkpoints.open_checkpoints(workdir) as manager, metric_writers.ensure_flushes(writer):
         progress = PROGRESS
         if manager.latest_step() is None:
-            start_log(writer, config, state)
+            training_log.write_start(writer, config, state.params)
         else:
             state, progress = checkpoints.restore(manager, state, manager.latest_step())
             logging.info('going on from step %d of %d in %s', state.step, total_steps, workdir)
@@ -501,107 +465,3 @@ def train_and_evaluate(config, workdir, images=None):
     run_folder.write_json(workdir / 'summary.json', summary)
     logging.info('wrote %s; see the curves with: tensorboard --logdir %s', workdir / 'summary.json', workdir)
     return summary
-
-
-class Run(NamedTuple):
-    """A finished run, ready to predict.
-
-    Attributes:
-      workdir: pathlib.Path, its folder.
-      run: content of its `run.json`.
-      config: its configuration.
-      dataset: a `pipeline.Dataset`.
-      inputs: the same with what the network reads: in mode 'frozen' features for images.
-      model: a `DenseNet`.
-      state: `TrainState` of the chosen checkpoint.
-      mesh: the devices.
-      logits_step: compiled function (variables, batch) -> logits, mask.
-      step: number of the chosen checkpoint.
-      checkpoint_sha256: of its parameters and running statistics.
-    """
-
-    workdir: pathlib.Path
-    run: dict
-    config: ml_collections.ConfigDict
-    dataset: pipeline.Dataset
-    inputs: pipeline.Dataset
-    model: models.DenseNet
-    state: TrainState
-    mesh: jax.sharding.Mesh
-    logits_step: Callable
-    step: int
-    checkpoint_sha256: str
-
-
-def load_run(workdir, data_dir=None, groups=None, *, images=None, pooled=None):
-    """Loads a finished run: its data, and the checkpoint that validation chose.
-
-    Args:
-      workdir: the run's folder.
-      data_dir: where the images are now, or others of the same classes; None: where the run found them.
-      groups: another group table, '' for none; None: that of the run.
-      images: `pipeline.Images` of that folder, where they are loaded already.
-      pooled: the backbone's features of `images` for a run of mode 'frozen', float32 [images, channels]. Without them
-        the whole network computes the answers.
-
-    Returns:
-      A `Run`.
-
-    Raises:
-      InputError: where the folder holds no finished run, or the data other classes.
-    """
-    workdir = pathlib.Path(workdir)
-    run, summary = run_folder.read_finished_run(workdir)
-    config = ml_collections.ConfigDict(run['config'])
-    config.data_dir = data_dir or config.data_dir
-    config.groups = config.groups if groups is None else groups
-    dataset = pipeline.split_images(images or load_images(config, workdir), config)
-    if list(dataset.class_names) != run['class_names']:
-        raise InputError(
-            f'{config.data_dir} has the classes {", ".join(dataset.class_names)}, but the run in {workdir} knows '
-            f'{", ".join(run["class_names"])}'
-        )
-    config.pretrained = ''  # the checkpoint has all weights
-    mesh = parallel.make_mesh()
-    model = create_model(config, len(dataset.class_names))
-    state, _, _ = create_train_state(config, model, mesh, total_steps=1, steps_per_epoch=1.0)
-    with checkpoints.open_checkpoints(workdir) as manager:
-        state, _ = checkpoints.restore(manager, state, summary['best_step'])
-
-    def logits_step(variables, batch):
-        return evaluate_network(model, config, variables, batch['image']), batch['mask']
-
-    return Run(
-        workdir=workdir,
-        run=run,
-        config=config,
-        dataset=dataset,
-        inputs=dataset if pooled is None else features.scale_features(dataset, pooled)[0],
-        model=model,
-        state=state,
-        mesh=mesh,
-        logits_step=jax.jit(logits_step, out_shardings=parallel.replicated(mesh)),
-        step=summary['best_step'],
-        checkpoint_sha256=checkpoints.content_hash([state.eval_params, state.batch_stats]),
-    )
-
-
-def predict(run, split):
-    """Computes the answers of a finished run.
-
-    Args:
-      run: a `Run`.
-      split: 'train', 'validation' or 'test'.
-
-    Returns:
-      Logits float32 [n, classes], in the order of the split's examples.
-    """
-    variables = {'params': run.state.eval_params, 'batch_stats': run.state.batch_stats}
-    examples = getattr(run.inputs, split)
-    batches = pipeline.sharded_eval_batches(examples, run.config.eval_batch_size, parallel.split_over_data(run.mesh))
-    count = -(-len(examples) // run.config.eval_batch_size)
-    parts = []
-    for batch in tqdm.tqdm(batches, f'Answers to {split}', total=count, unit=' batches', disable=None):
-        logits, mask = jax.tree.map(np.asarray, run.logits_step(variables, batch))
-        parts.append(logits[mask])
-    return np.concatenate(parts)

@@ -14,7 +14,7 @@ from PIL import Image
 from scipy import special
 from tensorboard.backend.event_processing import event_accumulator
 
-from brain_jax import InputError, train
+from brain_jax import InputError, finished_run, train
 from brain_jax.data import phantom
 from brain_jax.evaluation import evaluate
 
@@ -103,8 +103,8 @@ def test_temperature_is_that_of_validation(evaluated):
     temperature = stored['temperature']
     assert stored['fitted_on'] == 'validation' and temperature > 0
     # At the fitted temperature validation is likelier than at its neighbours.
-    run = train.load_run(workdir)
-    logits, labels = train.predict(run, 'validation').astype(np.float64), run.dataset.validation.labels
+    run = finished_run.load_run(workdir)
+    logits, labels = finished_run.predict(run, 'validation').astype(np.float64), run.dataset.validation.labels
     losses = [
         -special.log_softmax(logits / t, axis=1)[np.arange(len(labels)), labels].mean()
         for t in (temperature, 0.98 * temperature, 1.02 * temperature)

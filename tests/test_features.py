@@ -2,10 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 
-from brain_jax import features
+from brain_jax import features, models, parallel
+from brain_jax.data import pipeline
 
 
 def test_centered_learning_is_learning_on_centered_features():
@@ -41,3 +43,37 @@ def test_draw_view():
     drawn = np.asarray(features.draw_view(jax.random.key(0), views))[:, 0]
     np.testing.assert_array_equal(drawn // 2, np.arange(200))
     assert 60 < np.sum(drawn % 2) < 140  # each view in about half of the images
+
+
+def test_features_are_kept_where_they_can_be(tmp_path, caplog):
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (5, 32, 32), np.uint8)
+    examples = pipeline.Examples(
+        images=images,
+        index=np.array([1, 3], np.int32),
+        labels=np.array([0, 1], np.int32),
+        **dict.fromkeys(('file_names', 'sha256', 'groups', 'patients'), np.array(['a', 'b'])),
+    )
+    model = models._DenseNetTiny(num_classes=2)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    config = ml_collections.ConfigDict({'model': '_DenseNetTiny', 'dtype': 'float32', 'image_size': 32})
+    config.update(eval_batch_size=4, augment={'flip_horizontal': True})
+    expected = [
+        model.apply(variables, models.normalize(view), return_features=True)[1]['pooled']
+        for view in (images, images[:, :, ::-1])
+    ]
+    (tmp_path / 'file').write_text('')
+
+    def load(folder):
+        dataset = pipeline.Dataset('', folder, ('x', 'y'), examples, None, examples, '')
+        return features.load_features(dataset, model, *variables.values(), config, parallel.make_mesh())
+
+    for folder, kept, warned in ((tmp_path / 'folder', 2, False), (tmp_path / 'file', 0, True)):
+        caplog.clear()
+        found = load(folder)
+        np.testing.assert_allclose(found, np.stack(expected, axis=1), rtol=1e-4, atol=1e-5)
+        assert len(list(folder.glob('*'))) == kept
+        assert ('cannot be kept' in caplog.text) == warned
+    for path in (tmp_path / 'folder').iterdir():  # what is there is used
+        np.save(path, np.load(path) + 1)
+    np.testing.assert_allclose(load(tmp_path / 'folder'), np.stack(expected, axis=1) + 1, rtol=1e-4, atol=1e-5)

@@ -235,7 +235,7 @@ def test_files_are_written_whole(result, tmp_path):
     names = {path.name for path in (tmp_path / 'out').iterdir()}
     assert {'metrics.json', 'predictions.csv', 'calibration.json', 'report.html', 'reliability.png'} <= names
     assert {'confusion_unseen.png', 'classes_standard.png', 'risk_coverage.png', 'errors.png'} <= names
-    assert not [name for name in names if name.endswith('.tmp')]
+    assert not [name for name in names if name.startswith('.')]
     assert json.loads((tmp_path / 'out/metrics.json').read_text()) == metrics
     stored = json.loads((tmp_path / 'calibration.json').read_text())
     assert stored['temperature'] == metrics['calibration']['temperature']

@@ -24,7 +24,7 @@ import tqdm
 from absl import logging
 from sklearn import model_selection
 
-from brain_jax import InputError
+from brain_jax import InputError, files
 from brain_jax.data import brain_tumor_mri, groups, images, leakage
 
 # Each thread makes a whole batch, ahead of its use: this hides the decoding of images that are not held in memory.
@@ -228,10 +228,8 @@ def _find_copies(folder, sources, file_names, pixels):
         )
         copies = leakage.copy_groups(file_names, leakage.thumbnails(thumbnails), pixels)
         try:
-            temporary = path.with_suffix(f'.{os.getpid()}.tmp')
-            with open(temporary, 'w', newline='', encoding='utf-8') as file:
+            with files.replacing(path) as temporary, open(temporary, 'w', newline='', encoding='utf-8') as file:
                 csv.writer(file).writerows([('path', 'group'), *zip(file_names, copies, strict=True)])
-            os.replace(temporary, path)
         except OSError as error:
             logging.warning('%s cannot be kept (%s): the copies are searched again next time', path, error.strerror)
         return copies

@@ -6,6 +6,7 @@ import pathlib
 
 import numpy as np
 
+from brain_jax import files
 from brain_jax.data import images, shortcuts
 from brain_jax.evaluation import figures
 from brain_jax.evaluation import report as report_files
@@ -30,13 +31,13 @@ def write_audit(report, output):
     writer.writeheader()
     writer.writerows(report['files'])
     summary = {name: value for name, value in report.items() if name != 'files'}
-    files = {
+    contents = {
         'audit.json': report_files.format_json(summary),
         'groups.csv': table.getvalue(),
         'audit.html': format_page(report),
     }
-    for name, text in files.items():
-        report_files.write_whole(pathlib.Path(output, name), text)
+    for name, text in contents.items():
+        files.write_whole(pathlib.Path(output, name), text)
 
 
 def format_page(report):

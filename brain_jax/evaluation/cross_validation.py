@@ -10,7 +10,7 @@ import numpy as np
 from absl import logging
 from scipy import special, stats
 
-from brain_jax import InputError, features, parallel, train
+from brain_jax import InputError, features, files, finished_run, parallel, train
 from brain_jax.data import pipeline
 from brain_jax.evaluation import evaluate, figures, report, scores
 
@@ -106,11 +106,11 @@ def load_features(config, images):
 
 def test_fold(workdir, images, pooled):
     """Returns the `Fold` of a finished run."""
-    run = train.load_run(workdir, images=images, pooled=pooled)
-    logits = train.predict(run, 'test').astype(np.float64)
+    run = finished_run.load_run(workdir, images=images, pooled=pooled)
+    logits = finished_run.predict(run, 'test').astype(np.float64)
     temperature = None
     if run.dataset.validation is not None:
-        temperature = scores.fit_temperature(train.predict(run, 'validation'), run.dataset.validation.labels)
+        temperature = scores.fit_temperature(finished_run.predict(run, 'validation'), run.dataset.validation.labels)
     return Fold(
         split=run.config.split,
         seed=run.config.seed,
@@ -228,9 +228,9 @@ def write_report(result, folds, output):
         .get_template('cross_validation.html')
         .render(result=result, pictures=pictures, titles=TITLES)
     )
-    report.write_whole(output / 'predictions.csv', format_predictions(folds, class_names))
-    report.write_whole(output / 'cross_validation.json', report.format_json(result))
-    report.write_whole(output / 'report.html', page)
+    files.write_whole(output / 'predictions.csv', format_predictions(folds, class_names))
+    files.write_whole(output / 'cross_validation.json', report.format_json(result))
+    files.write_whole(output / 'report.html', page)
 
 
 def format_summary(result):

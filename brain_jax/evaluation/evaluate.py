@@ -8,7 +8,7 @@ import ml_collections
 import numpy as np
 from scipy import special
 
-from brain_jax import InputError, run_folder, train
+from brain_jax import InputError, finished_run, run_folder
 from brain_jax.data import leakage, pipeline
 from brain_jax.evaluation import report, scores
 
@@ -103,18 +103,20 @@ def evaluate_run(
     workdir, output = pathlib.Path(workdir), pathlib.Path(output)
     if output.exists() and not output.is_dir():
         raise InputError(f'the output {output} is a file: give a folder')
-    run = train.load_run(workdir, data_dir, groups)
+    run = finished_run.load_run(workdir, data_dir, groups)
     examples = getattr(run.dataset, split)
     if examples is None:
         raise InputError(f'the run {workdir} kept no {split} images: train with --config.validation_fraction above 0')
     logits = {
-        name: train.predict(run, name) for name in {split, 'validation'} if getattr(run.dataset, name) is not None
+        name: finished_run.predict(run, name)
+        for name in {split, 'validation'}
+        if getattr(run.dataset, name) is not None
     }
     calibration = calibrate(run.dataset.validation, logits.get('validation'), wanted_errors)
     predictions = make_predictions(run, split, logits[split], calibration['temperature'])
     comparison = None
     if other_workdir:
-        comparison = compare_runs(run, predictions, split, train.load_run(other_workdir, data_dir, groups))
+        comparison = compare_runs(run, predictions, split, finished_run.load_run(other_workdir, data_dir, groups))
     metrics = describe_run(run, split) | score_run(predictions, calibration) | {'comparison': comparison}
     report.write_outputs(predictions, metrics, output, workdir)
     return metrics
@@ -328,7 +330,7 @@ def compare_runs(run, predictions, split, other):
     if not pairs:
         raise InputError(f'{other.workdir} shares no {split} image with {run.workdir}: nothing to compare')
     here, there = np.array(pairs).T
-    other_correct = train.predict(other, split)[there].argmax(axis=1) == examples.labels[here]
+    other_correct = finished_run.predict(other, split)[there].argmax(axis=1) == examples.labels[here]
     correct, groups = predictions.correct[here], examples.groups[here]
     return {
         'workdir': other.workdir.resolve().name,

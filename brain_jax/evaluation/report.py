@@ -1,17 +1,15 @@
 """What an evaluation leaves behind: tables, figures, one self-contained page, a model card, TensorBoard summaries."""
 
-import contextlib
 import csv
 import io
 import json
-import os
 
 import jinja2
 import numpy as np
 from absl import logging
 from clu import metric_writers
 
-from brain_jax import InputError
+from brain_jax import files
 from brain_jax.data import images
 from brain_jax.evaluation import figures, scores, wording
 
@@ -117,8 +115,8 @@ def write_outputs(predictions, metrics, output, workdir):
     drawn = draw_figures(predictions, metrics, errors)
     pngs = {name: figures.to_png(pixels, wording.describe_provenance(metrics)) for name, pixels in drawn.items()}
     calibration = format_json(metrics['calibration'] | {'hashes': metrics['hashes']})
-    files = {output / f'{name}.png': png for name, png in pngs.items()}
-    files |= {
+    contents = {output / f'{name}.png': png for name, png in pngs.items()}
+    contents |= {
         output / 'predictions.csv': format_predictions(predictions, metrics),
         output / 'calibration.json': calibration,
         output / 'metrics.json': format_json(metrics),
@@ -126,9 +124,9 @@ def write_outputs(predictions, metrics, output, workdir):
         workdir / 'calibration.json': calibration,
     }
     if metrics['split'] == 'test':
-        files[workdir / 'MODEL_CARD.md'] = format_card(metrics)
-    for path, content in files.items():
-        write_whole(path, content)
+        contents[workdir / 'MODEL_CARD.md'] = format_card(metrics)
+    for path, content in contents.items():
+        files.write_whole(path, content)
     write_summaries(workdir, metrics, drawn)
     logging.info('wrote %s', output / 'report.html')
 
@@ -136,19 +134,6 @@ def write_outputs(predictions, metrics, output, workdir):
 def format_json(value):
     """Returns JSON text; NaN, which is none, would be a defect."""
     return json.dumps(value, indent=2, allow_nan=False) + '\n'
-
-
-def write_whole(path, content):
-    """Writes a file that is whole or not there, and its folder if need be."""
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise InputError(f'{path} cannot be written: {error.strerror}') from error
 
 
 def write_summaries(workdir, metrics, drawn):

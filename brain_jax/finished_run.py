@@ -1,0 +1,117 @@
+"""A finished run and its answers."""
+
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+import tqdm
+
+from brain_jax import InputError, checkpoints, features, models, parallel, run_folder, train
+from brain_jax.data import pipeline
+
+
+class Run(NamedTuple):
+    """A finished run, ready to predict.
+
+    Attributes:
+      workdir: pathlib.Path, its folder.
+      run: content of its `run.json`.
+      config: its configuration.
+      dataset: a `pipeline.Dataset`.
+      inputs: the same with what the network reads: in mode 'frozen' features for images.
+      model: a `DenseNet`.
+      state: `TrainState` of the chosen checkpoint.
+      mesh: the devices.
+      logits_step: compiled function (variables, batch) -> logits, mask.
+      step: number of the chosen checkpoint.
+      checkpoint_sha256: of its parameters and running statistics.
+    """
+
+    workdir: pathlib.Path
+    run: dict
+    config: ml_collections.ConfigDict
+    dataset: pipeline.Dataset
+    inputs: pipeline.Dataset
+    model: models.DenseNet
+    state: train.TrainState
+    mesh: jax.sharding.Mesh
+    logits_step: Callable
+    step: int
+    checkpoint_sha256: str
+
+
+def load_run(workdir, data_dir=None, groups=None, *, images=None, pooled=None):
+    """Loads a finished run: its data, and the checkpoint that validation chose.
+
+    Args:
+      workdir: the run's folder.
+      data_dir: where the images are now, or others of the same classes; None: where the run found them.
+      groups: another group table, '' for none; None: that of the run.
+      images: `pipeline.Images` of that folder, where they are loaded already.
+      pooled: the backbone's features of `images` for a run of mode 'frozen', float32 [images, channels]. Without them
+        the whole network computes the answers.
+
+    Returns:
+      A `Run`.
+
+    Raises:
+      InputError: where the folder holds no finished run, or the data other classes.
+    """
+    workdir = pathlib.Path(workdir)
+    run, summary = run_folder.read_finished_run(workdir)
+    config = ml_collections.ConfigDict(run['config'])
+    config.data_dir = data_dir or config.data_dir
+    config.groups = config.groups if groups is None else groups
+    dataset = pipeline.split_images(images or train.load_images(config, workdir), config)
+    if list(dataset.class_names) != run['class_names']:
+        raise InputError(
+            f'{config.data_dir} has the classes {", ".join(dataset.class_names)}, but the run in {workdir} knows '
+            f'{", ".join(run["class_names"])}'
+        )
+    config.pretrained = ''  # the checkpoint has all weights
+    mesh = parallel.make_mesh()
+    model = train.create_model(config, len(dataset.class_names))
+    state, _, _ = train.create_train_state(config, model, mesh, total_steps=1, steps_per_epoch=1.0)
+    with checkpoints.open_checkpoints(workdir) as manager:
+        state, _ = checkpoints.restore(manager, state, summary['best_step'])
+
+    def logits_step(variables, batch):
+        return train.evaluate_network(model, config, variables, batch['image']), batch['mask']
+
+    return Run(
+        workdir=workdir,
+        run=run,
+        config=config,
+        dataset=dataset,
+        inputs=dataset if pooled is None else features.scale_features(dataset, pooled)[0],
+        model=model,
+        state=state,
+        mesh=mesh,
+        logits_step=jax.jit(logits_step, out_shardings=parallel.replicated(mesh)),
+        step=summary['best_step'],
+        checkpoint_sha256=checkpoints.content_hash([state.eval_params, state.batch_stats]),
+    )
+
+
+def predict(run, split):
+    """Computes the answers of a finished run.
+
+    Args:
+      run: a `Run`.
+      split: 'train', 'validation' or 'test'.
+
+    Returns:
+      Logits float32 [n, classes], in the order of the split's examples.
+    """
+    variables = {'params': run.state.eval_params, 'batch_stats': run.state.batch_stats}
+    examples = getattr(run.inputs, split)
+    batches = pipeline.sharded_eval_batches(examples, run.config.eval_batch_size, parallel.split_over_data(run.mesh))
+    count = -(-len(examples) // run.config.eval_batch_size)
+    parts = []
+    for batch in tqdm.tqdm(batches, f'Answers to {split}', total=count, unit=' batches', disable=None):
+        logits, mask = jax.tree.map(np.asarray, run.logits_step(variables, batch))
+        parts.append(logits[mask])
+    return np.concatenate(parts)

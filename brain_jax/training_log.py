@@ -1,0 +1,59 @@
+"""What a run tells while it trains: TensorBoard's files, and lines for whoever looks on."""
+
+import sys
+
+import flax.traverse_util
+import jax
+import numpy as np
+from absl import logging
+from clu import metric_writers, parameter_overview
+
+from brain_jax import augment, metrics
+
+
+def create_writer(workdir):
+    """Returns the CLU writer: TensorBoard files, and plain lines where no progress bar shows."""
+    writers = []
+    if jax.process_index() == 0:
+        writers.append(metric_writers.SummaryWriter(str(workdir)))
+    if not sys.stderr.isatty():
+        writers.append(metric_writers.LoggingWriter())
+    return metric_writers.AsyncMultiWriter(writers)
+
+
+def hyperparameters(config):
+    """Returns the configuration as TensorBoard takes it: flat, and numbers, strings and booleans only."""
+    flat = flax.traverse_util.flatten_dict(config.to_dict(), sep='.')
+    return {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in flat.items()}
+
+
+def write_start(writer, config, params):
+    """Writes what is known before the first step: the configuration and the parameters."""
+    writer.write_hparams(hyperparameters(config))
+    table = parameter_overview.get_parameter_overview(params, include_stats=False)
+    writer.write_texts(0, {'parameters': f'```\n{table}\n```'})
+    logging.info('%d parameters', parameter_overview.count_parameters(params))
+
+
+def write_augmented(writer, step, key, batch, settings):
+    """Writes up to 16 images of a training batch as the network sees them.
+
+    Args:
+      writer: a CLU `MetricWriter`.
+      step: number of the step to show them at.
+      key: random key of the batch's augmentation.
+      batch: of `pipeline.train_batches`.
+      settings: `config.augment`.
+    """
+    images = augment.augment_batch(key, batch['image'][:16], batch['index'][:16], settings)
+    writer.write_images(step, {'augmented': np.asarray(images, np.uint8)[..., None]})
+
+
+def write_scores(writer, step, split, scores, confusion, class_names):
+    """Writes the scores of a split and the picture of its confusion matrix."""
+    writer.write_scalars(step, {f'{split}_{name}': value for name, value in scores.items()})
+    writer.write_images(step, {f'{split}_confusion': metrics.draw_confusion(confusion, class_names)})
+    logging.info(
+        'step %d, %s: accuracy %.2f %%, macro F1 %.4f, loss %.4f, %d images',
+        *(step, split, 100 * scores['accuracy'], scores['macro_f1'], scores['loss'], scores['n']),
+    )
