@@ -18,6 +18,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from brain_jax import convolutions
+
 BATCH_NORM_EPSILON = 1.001e-5  # keras.applications.densenet
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of pixels in 0..1; mode 'torch' of Keras' preprocess_input
 IMAGENET_STANDARD_DEVIATION = (0.229, 0.224, 0.225)
@@ -96,11 +98,6 @@ class BatchNormRelu(nn.Module):
         return nn.relu(x.value * multiplier.astype(self.dtype) + offset.astype(self.dtype))
 
 
-def pointwise_convolution(x, kernel, *unused_args, **unused_kwargs):
-    """A 1x1 convolution as the matrix product it is: on CPU XLA multiplies faster than it convolves."""
-    return x @ kernel[0, 0]
-
-
 class DenseLayer(nn.Module):
     """BN-ReLU-1x1 convolution-BN-ReLU-3x3 convolution: `growth_rate` new channels from all earlier ones."""
 
@@ -111,10 +108,12 @@ class DenseLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        y = self.norm(name='0_bn')(x)
-        y = self.conv(4 * self.growth_rate, (1, 1), conv_general_dilated=pointwise_convolution, name='1_conv')(y)
-        y = self.conv(self.growth_rate, (3, 3), padding=1, name='2_conv')(self.norm(name='1_bn')(self.feature_map(y)))
-        return self.feature_map(y)
+        bottleneck = self.conv(
+            4 * self.growth_rate, (1, 1), conv_general_dilated=convolutions.pointwise_convolution, name='1_conv'
+        )
+        grow = self.conv(self.growth_rate, (3, 3), conv_general_dilated=convolutions.convolution_3x3, name='2_conv')
+        y = self.feature_map(bottleneck(self.norm(name='0_bn')(x)))
+        return self.feature_map(grow(self.norm(name='1_bn')(y)))
 
 
 def average_pool(x):
@@ -175,10 +174,9 @@ class DenseNet(nn.Module):
         def feature_map(x):
             return FeatureMap(x, batch_moments(x) if use_batch_moments else None)
 
-        x = conv(2 * self.growth_rate, (7, 7), strides=2, padding=3, name='conv1_conv')(images.astype(self.dtype))
-        x = norm(name='conv1_bn')(feature_map(x))
-        # 'SAME' would pad even sizes on one side only and shift every feature by a pixel.
-        x = feature_map(nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1))))
+        stem = conv(2 * self.growth_rate, (7, 7), conv_general_dilated=convolutions.stem_convolution, name='conv1_conv')
+        x = norm(name='conv1_bn')(feature_map(stem(images.astype(self.dtype))))
+        x = feature_map(convolutions.max_pool(x))
         for stage, num_layers in enumerate(self.stage_sizes, start=2):
             for layer in range(1, num_layers + 1):
                 name = f'conv{stage}_block{layer}'
@@ -186,7 +184,10 @@ class DenseNet(nn.Module):
             if stage < len(self.stage_sizes) + 1:
                 y = average_pool(norm(name=f'pool{stage}_bn')(x))
                 squeeze = conv(
-                    y.shape[-1] // 2, (1, 1), conv_general_dilated=pointwise_convolution, name=f'pool{stage}_conv'
+                    y.shape[-1] // 2,
+                    (1, 1),
+                    conv_general_dilated=convolutions.pointwise_convolution,
+                    name=f'pool{stage}_conv',
                 )
                 x = feature_map(squeeze(y))
         features = norm(name='bn')(x)
