@@ -93,8 +93,10 @@ def restore(manager, state, step):
       The restored state and the progress dictionary.
 
     Raises:
-      InputError: where the checkpoint is of another network.
+      InputError: where there is no such checkpoint, or it is of another network.
     """
+    if step not in manager.all_steps():
+        raise InputError(f'{manager.directory} holds no checkpoint of step {step}: it is lost, and the run with it')
     # Orbax notices another shape only when it is half through reading.
     saved = shapes(manager.item_metadata(step).variables.tree)
     wanted = shapes(split_state(state)[0])

@@ -56,11 +56,12 @@ def macro_f1(confusion):
       confusion: [classes, classes] counts of (true, predicted).
 
     Returns:
-      Mean over the classes that occur as truth or prediction, as scikit-learn takes it.
+      Mean over the classes that there are images of: for others there is no such score.
     """
     confusion = np.asarray(confusion)
+    present = confusion.sum(axis=1) > 0
     occurrences = confusion.sum(axis=0) + confusion.sum(axis=1)
-    return float(np.mean(2 * np.diag(confusion)[occurrences > 0] / occurrences[occurrences > 0]))
+    return float(np.mean(2 * np.diag(confusion)[present] / occurrences[present]))
 
 
 def summarize(collection):

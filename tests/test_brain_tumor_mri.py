@@ -278,6 +278,14 @@ def test_without_any_data_one_message_says_all(prepared, monkeypatch):
         assert part in str(error.value)
 
 
+def test_unusable_manual_folder_tells_how_to_get_the_data(prepared):
+    manual = prepared / 'downloads' / 'manual' / 'brain_tumor_mri'
+    manual.mkdir(parents=True)
+    (manual / 'archive.zip').write_bytes(b'')
+    with pytest.raises(InputError, match=rf'{manual}: there is no Training/ or train/ in it(.|\n)*:demo'):
+        brain_tumor_mri.prepare(None, prepared_dir=prepared)
+
+
 @pytest.mark.parametrize(
     ('dataset', 'message'), [('kaggle_v3', 'unknown dataset'), ('folder', 'needs --config.data_dir')]
 )
@@ -299,6 +307,14 @@ def test_builder_works_the_tfds_way(tree, tmp_path):
     builder = brain_tumor_mri.BrainTumorMri(config='folder', data_dir=tmp_path, file_format='array_record')
     builder.download_and_prepare()
     assert len(builder.as_data_source('test')) == 12
+
+
+def test_builder_reads_the_class_names_of_a_folder(tmp_path):
+    write_tree(tmp_path / 'downloads' / 'manual' / 'brain_tumor_mri', classes=('No', 'YES'))
+    builder = brain_tumor_mri.BrainTumorMri(config='folder', data_dir=tmp_path, file_format='array_record')
+    builder.download_and_prepare()
+    assert builder.info.features['label'].names == ['No', 'YES']
+    assert {row['label'] for row in builder.as_data_source('train')} == {0, 1}
 
 
 def run_prepare(tree, prepared, **options):

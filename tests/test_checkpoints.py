@@ -58,3 +58,11 @@ def test_checkpoint_of_another_network(tmp_path):
         manager.wait_until_finished()
         with pytest.raises(InputError, match='is of another network: 1 arrays differ, params/layer/kernel first'):
             checkpoints.restore(manager, make_state(1, width=5), 1)
+
+
+def test_checkpoint_that_is_gone(tmp_path):
+    with (
+        checkpoints.open_checkpoints(tmp_path) as manager,
+        pytest.raises(InputError, match='checkpoints holds no checkpoint of step 4'),
+    ):
+        checkpoints.restore(manager, make_state(0), 4)

@@ -89,6 +89,19 @@ def test_16_bit_container_is_scaled_by_the_depth_in_use(file_format, dtype, bits
     np.testing.assert_array_equal(images.decode_image(encode(pixels, file_format)), pixels // 2**shift)
 
 
+def test_16_bit_tiff_in_which_white_is_zero():
+    pixels = np.array([[0, 256, 65535]], '<u2')
+    exif = Image.Exif()
+    exif[0x0106], exif[0x0112] = 0, 3  # white is zero; turned by half
+    found = images.decode_image(encode(Image.fromarray(pixels), 'TIFF', exif=exif.tobytes()))
+    np.testing.assert_array_equal(found, [[0, 254, 255]])
+
+
+def test_16_bit_png_with_a_transparent_grey():
+    pixels = np.array([[65535, 256, 512]], '<u2')
+    np.testing.assert_array_equal(images.decode_image(encode(pixels, transparency=65535)), [[0, 64, 128]])  # 10 bits
+
+
 def test_8_bit_grey_is_never_stretched():
     np.testing.assert_array_equal(images.decode_image(encode(GREY // 16)), GREY // 16)
 

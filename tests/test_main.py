@@ -5,7 +5,9 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
@@ -36,6 +38,39 @@ def test_wrong_flags_end_with_one_line(tmp_path, flags, message):
     last = process.stderr.strip().splitlines()[-1]
     assert last.startswith('error: ') and message in last
     assert 'Traceback' not in process.stderr
+    assert not (tmp_path / 'run').exists()
+
+
+def write_folder(root):
+    """Writes a tiny tree of class folders; returns the flags that train on it with random weights."""
+    for split in ('Training', 'Testing'):
+        for name in ('glioma', 'notumor'):
+            (root / split / name).mkdir(parents=True)
+            for i in range(12):
+                pixels = np.random.default_rng([i, len(split), len(name)]).integers(0, 256, (32, 32), np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f'{i}.png')
+    return ['--config=configs/densenet121.py:scratch', f'--config.data_dir={root}', '--config.image_size=32']
+
+
+@pytest.mark.parametrize(
+    ('spoil', 'flag', 'message'),
+    [
+        (lambda root: [path.unlink() for path in (root / 'Training/glioma').iterdir()], '', 'a class folder with no'),
+        (lambda root: (root / 'Testing/other').mkdir(), '', 'Testing/other: a class folder with no images'),
+        (lambda root: (root / 'Training/glioma/0.jpg').write_text('text'), '', '0.jpg: not a JPEG, PNG'),
+        (lambda root: (root / 'w.h5').write_bytes(b'\x89HDF'), '--config.pretrained={root}/w.h5', 'w.h5'),
+        (lambda root: None, '--config.batch_size=7', 'batch_size is 7, which 2 devices'),
+    ],
+)
+def test_bad_input_ends_with_one_line(tmp_path, monkeypatch, spoil, flag, message):
+    monkeypatch.setenv('XLA_FLAGS', '--xla_force_host_platform_device_count=2')
+    root = tmp_path / 'data'
+    flags = write_folder(root)
+    spoil(root)
+    process = run_main(*flags, *([flag.format(root=root)] if flag else []), folder=tmp_path)
+    assert process.returncode == 1 and 'Traceback' not in process.stderr
+    last = process.stderr.strip().splitlines()[-1]
+    assert last.startswith('error: ') and message in last
     assert not (tmp_path / 'run').exists()
 
 

@@ -132,7 +132,8 @@ def test_images_decoded_on_access_are_those_in_memory(folder, dataset):
 
 def test_validation_holds_whole_groups_of_every_class(dataset):
     assert not set(dataset.train.groups) & set(dataset.validation.groups)
-    assert set(dataset.validation.labels) == {0, 1, 2}
+    # A group of two may make one more of a class, and one less.
+    assert np.bincount(dataset.validation.labels) == pytest.approx(np.array(TRAIN_COUNTS) / 4, abs=1)
     assert len(dataset.validation) == pytest.approx(sum(TRAIN_COUNTS) / 4, abs=2)
 
 

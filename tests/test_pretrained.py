@@ -70,6 +70,14 @@ def flax_logits(name, variables, images):
     return np.asarray(jax.jit(model.apply)(variables, images))
 
 
+def real_images(size):
+    """The first training image of every class as Keras prepares it, float32 [4, size, size, 3]; none where absent."""
+    folders = sorted((ROOT.parent / 'shared/brain-tumor-mri/Training').glob('*'))
+    files = [min(folder.iterdir()) for folder in folders]
+    images = [keras.utils.img_to_array(keras.utils.load_img(file, target_size=(size, size))) for file in files]
+    return keras.applications.densenet.preprocess_input(np.reshape(images, (-1, size, size, 3)).astype(np.float32))
+
+
 def error_of(source, variables=None):
     """The message of the error that reading `source` raises; it must be one line."""
     with pytest.raises(InputError) as info:
@@ -111,11 +119,8 @@ def test_published_weights(shared):
     reference = keras.applications.DenseNet121(weights=str(source), classifier_activation=None)
     assert reference.count_params() == 8_062_504
 
-    folders = sorted((shared / 'brain-tumor-mri' / 'Training').iterdir())
-    files = [min(folder.iterdir()) for folder in folders]
-    images = np.stack([keras.utils.img_to_array(keras.utils.load_img(file, target_size=(224, 224))) for file in files])
-    noise = np.random.default_rng(0).uniform(0, 255, (2, 224, 224, 3))
-    images = keras.applications.densenet.preprocess_input(np.concatenate([images, noise]).astype(np.float32))
+    noise = np.random.default_rng(0).normal(size=(2, 224, 224, 3))
+    images = np.concatenate([real_images(224), noise]).astype(np.float32)
     expected = reference(images, training=False).numpy()
     difference = np.abs(flax_logits('DenseNet121', weights.variables, images) - expected).max(axis=1)
     print('real images', difference[:-2].max(), 'noise', difference[-2:].max())
@@ -138,10 +143,11 @@ def test_random_weights(name, suffix, num_values, tmp_path):
     weights = pretrained.read_weights(path)
     assert sum(leaf.size for leaf in jax.tree.leaves(weights.variables)) == reference.count_params() == num_values
 
-    images = np.random.default_rng(1).normal(size=(2, 64, 64, 3)).astype(np.float32)
+    images = np.random.default_rng(1).normal(size=(2, 64, 64, 3))
+    images = np.concatenate([images, real_images(64)]).astype(np.float32)
     expected = reference(images, training=False).numpy()
     difference = np.abs(flax_logits(name, weights.variables, images) - expected).max()
-    print(name, difference, 'of', np.abs(expected).max())
+    print(name, difference, 'of', np.abs(expected).max(), 'on', len(images), 'images')
     assert difference <= TOLERANCE
     assert np.abs(expected).max() > 1
 
@@ -281,6 +287,18 @@ def test_file_without_head(backbone, tmp_path, caplog):
     expected['params/predictions/kernel'], expected['params/predictions/bias'] = np.ones((1024, 4)), np.ones(4)
     assert_same(variables, expected)
     assert 'has no head' in caplog.text
+
+
+def test_published_file_without_head(shared, tmp_path):
+    path = tmp_path / 'densenet121_notop.h5'
+    shutil.copyfile(shared / PUBLISHED, path)
+    with h5py.File(path, 'r+') as file:
+        expected = np.array(file['conv1/conv/conv1/conv/kernel:0'])
+        file.attrs['layer_names'] = [name for name in file.attrs['layer_names'] if name != 'fc1000']
+        del file['fc1000']
+    variables, _ = pretrained.load_pretrained(path, fresh(num_classes=4))
+    np.testing.assert_array_equal(variables['params']['conv1_conv']['kernel'], expected)
+    np.testing.assert_array_equal(variables['params']['predictions']['kernel'], np.ones((1024, 4)))
 
 
 # Conversion.

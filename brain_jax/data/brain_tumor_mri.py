@@ -53,12 +53,12 @@ class MriConfig(tfds.core.BuilderConfig):
 
     Attributes:
       data_dir: the folder with the images; None: the tfds manual folder.
-      class_names: the classes in the order of their labels.
+      class_names: the classes in the order of their labels; None: as the folder has them.
       skip_unreadable: leave unreadable files out instead of stopping.
     """
 
     data_dir: str | None = None
-    class_names: tuple[str, ...] = _KAGGLE_CLASSES
+    class_names: tuple[str, ...] | None = _KAGGLE_CLASSES
     skip_unreadable: bool = False
 
 
@@ -70,7 +70,7 @@ class BrainTumorMri(tfds.core.GeneratorBasedBuilder):
     BUILDER_CONFIGS: typing.ClassVar = [
         MriConfig(name='kaggle_v1', description='Kaggle version 1: 5,712 training and 1,311 test images.'),
         MriConfig(name='kaggle_v2', description='Kaggle version 2: 5,600 training and 1,600 test images.'),
-        MriConfig(name='folder', description=f'Any folder that holds {_LAYOUT}.'),
+        MriConfig(name='folder', description=f'Any folder that holds {_LAYOUT}.', class_names=None),
     ]
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
         f'Unpack https://www.kaggle.com/datasets/{_KAGGLE_HANDLE}/versions/1 into brain_tumor_mri/ there. '
@@ -79,6 +79,9 @@ class BrainTumorMri(tfds.core.GeneratorBasedBuilder):
 
     def _info(self):
         """Describes the features."""
+        config = self.builder_config
+        manual_dir = pathlib.Path(self._data_dir_root, 'downloads', 'manual', self.name)
+        class_names = config.class_names or read_folder(config.data_dir or manual_dir).class_names
         return tfds.core.DatasetInfo(
             builder=self,
             description=(
@@ -88,7 +91,7 @@ class BrainTumorMri(tfds.core.GeneratorBasedBuilder):
             features=tfds.features.FeaturesDict(
                 {
                     'image': tfds.features.Image(shape=(None, None, 1), encoding_format='png'),
-                    'label': tfds.features.ClassLabel(names=self.builder_config.class_names),
+                    'label': tfds.features.ClassLabel(names=class_names),
                     'file_name': tfds.features.Text(),
                     'sha256': tfds.features.Text(),
                 }
@@ -107,7 +110,8 @@ class BrainTumorMri(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager):
         """Returns a generator of examples for each of 'train' and 'test'."""
         config = self.builder_config
-        folder = read_folder(config.data_dir or dl_manager.manual_dir / self.name, class_names=config.class_names)
+        class_names = self.info.features['label'].names
+        folder = read_folder(config.data_dir or dl_manager.manual_dir / self.name, class_names=class_names)
         return {split: self._generate_examples(folder, split) for split in folder.files}
 
     def _generate_examples(self, folder, split):
@@ -162,10 +166,12 @@ def prepare(data_dir, *, dataset='auto', prepared_dir=None, skip_unreadable=Fals
         names = ', '.join(['auto', *BrainTumorMri.builder_configs])
         raise InputError(f'unknown dataset {dataset!r}: use one of {names}')
     root = pathlib.Path(prepared_dir or tfds.core.constants.DATA_DIR).expanduser().absolute()
-    if not data_dir:
-        data_dir = _find_kaggle(root / 'downloads' / 'manual' / BrainTumorMri.name, dataset)
     counts = _KAGGLE_COUNTS.get(dataset)
-    folder = read_folder(data_dir, class_names=_KAGGLE_CLASSES if counts else None)
+    class_names = _KAGGLE_CLASSES if counts else None
+    if data_dir:
+        folder = read_folder(data_dir, class_names=class_names)
+    else:
+        folder = _find_kaggle(root / 'downloads' / 'manual' / BrainTumorMri.name, dataset)
     if counts:
         _check_counts(folder, dataset, counts)
     config = MriConfig(
@@ -291,22 +297,24 @@ def _check_counts(folder, dataset, expected):
 
 
 def _find_kaggle(manual_dir, dataset):
-    """Returns the folder of the published data set: the manual folder, else a download."""
-    if manual_dir.is_dir() and _visible(manual_dir):
-        return manual_dir
+    """Returns the `ImageFolder` of the published data set: of the manual folder, else of a download."""
     handle = f'{_KAGGLE_HANDLE}/versions/{dataset.removeprefix("kaggle_v")}'
     try:
+        if manual_dir.is_dir() and _visible(manual_dir):
+            return read_folder(manual_dir, class_names=_KAGGLE_CLASSES)
         import kagglehub  # optional
 
-        return kagglehub.dataset_download(handle)
+        return read_folder(kagglehub.dataset_download(handle), class_names=_KAGGLE_CLASSES)
+    except InputError as error:
+        reason = f'the data cannot be used: {error}'
     except ImportError:
-        reason = 'kagglehub is not installed'
+        reason = f'no data: nothing is in the folder {manual_dir}, and to ask Kaggle kagglehub is not installed'
     except Exception as error:  # no network, no account, a withdrawn version: there is no common class
-        reason = _one_line(error)
+        reason = f'no data: nothing is in the folder {manual_dir}, and asking Kaggle failed ({_one_line(error)})'
     raise InputError(
-        f'no data: nothing is in the folder {manual_dir}, and asking Kaggle failed ({reason}).\n'
-        f'Download https://www.kaggle.com/datasets/{handle} and unpack it there, or `pip install kagglehub`, or name '
-        f'another folder with --config.data_dir; it must hold {_LAYOUT}.\n'
+        f'{reason}.\n'
+        f'Download https://www.kaggle.com/datasets/{handle} and unpack it in {manual_dir}, or `pip install kagglehub`, '
+        f'or name another folder with --config.data_dir; it must hold {_LAYOUT}.\n'
         'To try the program without data: --config configs/densenet121.py:demo'
     )
 

@@ -17,6 +17,7 @@ from brain_jax import InputError
 _FORMATS = ('JPEG', 'PNG', 'BMP', 'TIFF', 'WEBP')
 _MAX_BYTES = 2**28  # a file's size
 _MAX_PIXELS = 2**26  # width times height, checked before a pixel is decoded
+_PHOTOMETRIC = 262  # the TIFF tag that tells whether 0 is black
 _MAX_SIDE = 2**14  # pixels; bounds the square that pad_and_resize makes of a long, thin image
 
 
@@ -83,7 +84,8 @@ def decode_image(data, *, name='image'):
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 _check_size(*image.size)
                 image.load()
-                return _to_grey(_upright(image))
+                grey = _to_grey(_upright(image))
+                return 255 - grey if _is_inverted(image) else grey
     except InputError as error:
         raise InputError(f'{name}: {error}') from error
     except UnidentifiedImageError as error:
@@ -167,10 +169,17 @@ def _upright(image):
         return image
 
 
+def _is_inverted(image):
+    """Tells whether 0 is white in a TIFF of 16 bits; in others Pillow takes care of it."""
+    return image.format == 'TIFF' and image.mode.startswith('I;16') and image.tag_v2.get(_PHOTOMETRIC) == 0
+
+
 def _to_grey(image):
     """Reduces a loaded Pillow image of any mode to a uint8 [height, width] array."""
     if image.mode.startswith('I'):
-        return _to_eight_bits(np.asarray(image))
+        values = np.asarray(image)
+        transparent = image.info.get('transparency')  # of a PNG: the grey value that stands for nothing
+        return _to_eight_bits(values if transparent is None else np.where(values == transparent, 0, values))
     if image.mode == 'F':
         raise InputError('floating-point pixels; save it as 8- or 16-bit grey')
     if image.has_transparency_data:
