@@ -2,6 +2,9 @@
 
 import os
 import pathlib
+import re
+import shutil
+import subprocess
 import tempfile
 
 import pytest
@@ -19,3 +22,45 @@ def shared():
     if not path.is_dir():
         pytest.skip(f'no folder {path}')
     return path
+
+
+@pytest.fixture
+def check_in_chromium(tmp_path):
+    """Returns a function that opens a page of our own in Chromium, offline, and checks what a reader would see.
+
+    There must be no message on the console, no broken image, and, at 1280 and at 400 pixels, nothing beyond the right
+    edge but in a region that scrolls.
+    """
+    browser = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+    if browser is None:
+        pytest.skip('no Chromium')
+
+    def open_page(page):
+        """Opens a page from its file address; returns its document and what Chromium logs."""
+        command = [browser, '--headless', '--no-sandbox', '--disable-gpu', '--window-size=1300,900', '--dump-dom']
+        command += ['--enable-logging=stderr', '--virtual-time-budget=5000', f'--user-data-dir={tmp_path / "profile"}']
+        process = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120)
+        return process.stdout, process.stderr
+
+    def check(path):
+        document, log = open_page(path)
+        assert '</body>' in document and 'CONSOLE' not in log
+        # The same page with a script, which the page itself forbids, in frames: no window is narrower than 500 pixels.
+        script = """<script>
+          const right = element => element.closest('.scroll') ? 0 : element.getBoundingClientRect().right;
+          const outside = [...document.querySelectorAll('body *')].filter(element => right(element) > innerWidth);
+          const wide = document.documentElement.scrollWidth > innerWidth;
+          const broken = [...document.images].filter(image => !image.naturalWidth);
+          const found = `${outside.length} outside, ${broken.length} broken, scrolls ${wide};`;
+          parent.postMessage(`${innerWidth} wide: ${found}`, '*');
+        </script></body>"""
+        page = re.sub('<meta http-equiv[^>]*>', '', path.read_text(encoding='utf-8')).replace('</body>', script)
+        (tmp_path / 'page.html').write_text(page, encoding='utf-8')
+        frames = [f'<iframe src="page.html" style="border: 0; width: {width}px"></iframe>' for width in (1280, 400)]
+        listener = '<script>onmessage = event => document.body.append(event.data)</script>'
+        (tmp_path / 'frames.html').write_text(f'<body>{listener}{"".join(frames)}</body>')
+        document, _ = open_page(tmp_path / 'frames.html')
+        for width in (1280, 400):
+            assert f'{width} wide: 0 outside, 0 broken, scrolls false;' in document
+
+    return check

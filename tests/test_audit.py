@@ -71,6 +71,33 @@ def test_copies_across(report):
     assert across['by_class']['notumor']['images'] == 5
 
 
+PLANTED = {
+    'exact': lambda image: image,
+    'resized': lambda image: np.asarray(Image.fromarray(image).resize((110, 110), Image.Resampling.BICUBIC)),
+    'saved anew': lambda image: image,  # as JPEG
+    'mirrored': lambda image: image[:, ::-1],
+    'turned': np.rot90,
+    'brighter': lambda image: np.minimum(image, 225) + 30,
+    'cropped': lambda image: image[2:-2, 2:-2],
+}
+
+
+def test_every_kind_of_copy_is_found_and_nothing_else(tmp_path):
+    for i in range(40):
+        save(tmp_path, f'Training/{CLASSES[i % 2]}/{i}.png', draw(i, 160))
+    planted = {}
+    for i, (kind, change) in enumerate(list(PLANTED.items()) * 3):
+        name = f'Testing/{CLASSES[i % 2]}/{kind} {i}.{"jpg" if kind == "saved anew" else "png"}'
+        save(tmp_path, name, np.ascontiguousarray(change(draw(i, 160))))
+        planted[name] = f'Training/{CLASSES[i % 2]}/{i}.png'
+    for i in range(20):
+        save(tmp_path, f'Testing/{CLASSES[i % 2]}/unrelated {i}.png', draw(200 + i, 160))
+    report = audit.audit(tmp_path)
+    assert {pair['test']: pair['training'] for pair in report['copies']} == planted
+    assert (report['across']['copied'], report['across']['pixel_identical']) == (21, 3)
+    assert report['within_training']['copied'] == report['within_testing']['copied'] == 0
+
+
 def test_copies_within(report):
     assert report['within_training']['images'] == 20
     assert report['within_training']['near']['0.98'] == 2 and report['within_training']['near_unturned']['0.98'] == 0

@@ -75,11 +75,15 @@ def test_every_image_is_tested_once(command):
                 # What the run itself measured on the same images.
                 written = json.loads((folder / f'out/{split}_seed{seed}_fold{fold}/summary.json').read_text())
                 assert written['test']['accuracy'] == pytest.approx(run['accuracy'])
+                assert written['validation']['accuracy'] == pytest.approx(run['validation_accuracy'])
         accuracies = [run['accuracy'] for run in summary['runs']]
         assert len(set(accuracies)) > 1
         assert summary['mean']['accuracy'] == pytest.approx(np.mean(accuracies))
         assert summary['standard_deviation']['accuracy'] == pytest.approx(np.std(accuracies, ddof=1))
         assert f'{np.mean(accuracies):.4f}' in printed
+    means = [np.mean([run['accuracy'] for run in report['splits'][split]['runs']]) for split in ('random', 'grouped')]
+    assert report['inflation']['accuracy'] == pytest.approx(means[0] - means[1])
+    assert f'accuracy {100 * (means[0] - means[1]):+.1f} points' in printed
 
 
 def test_finished_runs_are_not_repeated(command):
@@ -101,6 +105,10 @@ def test_finished_runs_are_not_repeated(command):
 def test_page_needs_no_other_file(command):
     page = (command[1] / 'out/report.html').read_text()
     assert '://' not in page and page.count('data:image/png') == 4
+
+
+def test_page_in_chromium(command, check_in_chromium):
+    check_in_chromium(command[1] / 'out/report.html')
 
 
 def test_corrected_interval():

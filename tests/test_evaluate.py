@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import runpy
+import shutil
 import subprocess
 import sys
 
@@ -145,6 +146,17 @@ def test_validation_has_its_own_folder_and_no_card(evaluated, tmp_path):
     assert 'their scores flatter' in (tmp_path / 'out/report.html').read_text()
 
 
+def test_other_images_than_those_of_the_run(evaluated, data, tmp_path):
+    workdir = evaluated[0]
+    shutil.copytree(data[0]['data_dir'], tmp_path / 'data')
+    next((tmp_path / 'data/Training/glioma').iterdir()).unlink()
+    before = {name: (workdir / name).read_text() for name in ('calibration.json', 'MODEL_CARD.md')}
+    metrics = evaluate.evaluate_run(workdir, tmp_path / 'out', data_dir=str(tmp_path / 'data'), groups='')
+    assert metrics['calibration']['temperature'] is None and metrics['standard']['ece_calibrated'] is None
+    assert metrics['calibration']['note'] in (tmp_path / 'out/report.html').read_text()
+    assert {name: (workdir / name).read_text() for name in before} == before
+
+
 def test_grouped_fold_without_validation(data, tmp_path):
     make_run(data[0], tmp_path / 'run', split='grouped', folds=4, fold=1, validation_fraction=0.0)
     metrics = evaluate.evaluate_run(tmp_path / 'run', tmp_path / 'out')
@@ -155,6 +167,22 @@ def test_grouped_fold_without_validation(data, tmp_path):
     with pytest.raises(InputError, match='kept no validation images'):
         evaluate.evaluate_run(tmp_path / 'run', tmp_path / 'validation', split='validation')
     assert not (tmp_path / 'validation').exists()
+
+
+def test_eight_devices_give_the_same(evaluated, tmp_path):
+    workdir, _, metrics = evaluated
+    command = [sys.executable, REPOSITORY / 'scripts/evaluate.py', '--workdir', workdir, '--output', tmp_path]
+    environment = {'PYTHONPATH': str(REPOSITORY), 'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / 'metrics.json').read_text())
+    for name in ('accuracy', 'accuracy_interval_by_group', 'macro_f1', 'roc_auc', 'ece', 'ece_calibrated'):
+        assert found['standard'][name] == pytest.approx(metrics['standard'][name], abs=1e-4)
+    for path, row in read_predictions(tmp_path).items():
+        expected = read_predictions(workdir / 'out')[path]
+        assert row['predicted'] == expected['predicted'] and row['part'] == expected['part']
+        for name in metrics['class_names']:
+            assert float(row[f'probability_{name}']) == pytest.approx(float(expected[f'probability_{name}']), abs=1e-4)
 
 
 def test_bad_input_leaves_nothing(evaluated, tmp_path):

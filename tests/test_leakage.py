@@ -1,5 +1,6 @@
 """Tests of the search for copies."""
 
+import csv
 import io
 import itertools
 import sys
@@ -74,6 +75,29 @@ ALIGNED_COPIES = {
     'cropped and mirrored': lambda image: image[2:-2, -3:1:-1],
     'stretched': lambda image: resize(image, 160, 156),
 }
+
+
+def test_recall_by_kind_on_real_images(shared):
+    """Of 100 real images, each changed in every way, among 900; and how many pairs of different groups are flagged."""
+    with open(shared / 'brain-tumor-mri-groups.csv', newline='') as file:
+        rows = [row for row in csv.DictReader(file) if row['path'].startswith('Training/') and row['patient_id']]
+    rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:900]]
+    heads = [images.read_image(shared / 'brain-tumor-mri' / row['path']) for row in rows]
+    groups = np.array([row['group'] for row in rows])
+    references = leakage.thumbnails(heads)
+    for kind, change in (COPIES | ALIGNED_COPIES).items():
+        queries = leakage.thumbnails([change(head) for head in heads[:100]])
+        found = leakage.search(queries, references)
+        aligned = leakage.aligned_pairs(queries, found.matches, references)
+        first, second = (
+            np.concatenate([getattr(pairs, name) for pairs in (found.pairs, aligned)]) for name in ('first', 'second')
+        )
+        recall = np.isin(np.arange(100), first[first == second]).mean()
+        unrelated = np.mean(groups[:100, None] != groups) * 100 * 900
+        flagged = np.sum(groups[first] != groups[second]) / unrelated
+        print(f'{kind:28} recall {recall:.2f}, unrelated pairs flagged {flagged:.5f}')
+        assert recall == 1 if kind in COPIES else recall >= 0.9
+        assert flagged <= 0.01
 
 
 def test_thumbnails_are_standardised():

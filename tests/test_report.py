@@ -247,6 +247,11 @@ def test_files_are_written_whole(result, tmp_path):
             assert image.mode == 'RGB' and min(image.size) > 400
 
 
+def test_page_in_chromium(result, tmp_path, check_in_chromium):
+    report.write_outputs(*result, tmp_path / 'out', tmp_path)
+    check_in_chromium(tmp_path / 'out/report.html')
+
+
 def test_output_that_cannot_be_written(result, tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(InputError, match='cannot be written'):

@@ -78,7 +78,8 @@ def audit(
     Returns:
       A dict of numbers, strings, lists and dicts, ready for JSON. The counts of `across` are test images that have such
       a partner in Training; those of `within_training` and `within_testing` are images that have one in their own
-      folder. None stands for what cannot be known. `files` has a dict for each image: path, group and patient_id.
+      folder. None stands for what cannot be known. `files` has a dict for each image: path, group, patient_id and
+      source_label.
 
     Raises:
       InputError: for an unusable folder, table or reference set, or unreadable files.
@@ -113,13 +114,14 @@ def audit(
         'copies': _list_copies(pictures, searches['across'], threshold),
         'different_labels': _list_different_labels(pictures, pairs),
     }
-    files = zip(pictures.file_names.tolist(), joined.tolist(), patients.ids.tolist(), strict=True)
+    columns = ('path', 'group', 'patient_id', 'source_label')
+    files = zip(pictures.file_names, joined, patients.ids, patients.source_labels, strict=True)
     return report | {
         'warnings': [
             {'what': what, 'advice': advice, 'examples': examples[:_EXAMPLES]}
             for what, advice, examples in _find_warnings(report)
         ],
-        'files': [{'path': path, 'group': group, 'patient_id': patient} for path, group, patient in files],
+        'files': [dict(zip(columns, map(str, row), strict=True)) for row in files],
     }
 
 

@@ -27,7 +27,7 @@ def write_audit(report, output):
       InputError: where a file cannot be written, or an image for the page cannot be read any more.
     """
     table = io.StringIO()
-    writer = csv.DictWriter(table, ('path', 'group', 'patient_id'), lineterminator='\n')
+    writer = csv.DictWriter(table, report['files'][0], lineterminator='\n')
     writer.writeheader()
     writer.writerows(report['files'])
     summary = {name: value for name, value in report.items() if name != 'files'}

@@ -15,6 +15,7 @@ from brain_jax.data import pipeline
 from brain_jax.evaluation import evaluate, figures, report, scores
 
 TITLES = {
+    'validation_accuracy': 'accuracy on validation',
     'accuracy': 'accuracy',
     'macro_f1': 'F1, macro',
     'roc_auc': 'ROC-AUC, macro',
@@ -33,6 +34,8 @@ class Fold(typing.NamedTuple):
       fold: which part.
       examples: its `pipeline.Examples`, n of them.
       num_seen: number of images that the run learned from or was chosen by.
+      validation_accuracy: of the chosen checkpoint, on images that the run did not learn from, and that are not of this
+        part: what to choose a recipe by. None without validation.
       probabilities: float64 [n, classes].
       calibrated: float64 [n, classes], at the temperature that validation gave; None without one.
       hashes: of checkpoint, configuration and split.
@@ -43,6 +46,7 @@ class Fold(typing.NamedTuple):
     fold: int
     examples: typing.Any
     num_seen: int
+    validation_accuracy: float | None
     probabilities: np.ndarray
     calibrated: np.ndarray | None
     hashes: dict
@@ -91,8 +95,20 @@ def cross_validate(config, output, *, seeds=(0,), splits=('grouped',)):
             split: summarize([fold for fold in folds if fold.split == split], images.class_names) for split in splits
         },
     }
+    both = {'random', 'grouped'} <= set(splits)
+    result['inflation'] = measure_inflation(result['splits']['random'], result['splits']['grouped']) if both else None
     write_report(result, folds, output)
     return result
+
+
+def measure_inflation(random, grouped):
+    """Returns by how much random folds flatter, for each of `SCORES`: their mean less that of grouped folds."""
+    return {
+        name: None
+        if None in (random['mean'][name], grouped['mean'][name])
+        else random['mean'][name] - grouped['mean'][name]
+        for name in SCORES
+    }
 
 
 def load_features(config, images):
@@ -108,15 +124,18 @@ def test_fold(workdir, images, pooled):
     """Returns the `Fold` of a finished run."""
     run = finished_run.load_run(workdir, images=images, pooled=pooled)
     logits = finished_run.predict(run, 'test').astype(np.float64)
-    temperature = None
+    temperature, validation_accuracy = None, None
     if run.dataset.validation is not None:
-        temperature = scores.fit_temperature(finished_run.predict(run, 'validation'), run.dataset.validation.labels)
+        labels, answers = run.dataset.validation.labels, finished_run.predict(run, 'validation')
+        temperature = scores.fit_temperature(answers, labels)
+        validation_accuracy = float(np.mean(answers.argmax(axis=1) == labels))
     return Fold(
         split=run.config.split,
         seed=run.config.seed,
         fold=run.config.fold,
         examples=run.dataset.test,
         num_seen=len(images.examples) - len(run.dataset.test),
+        validation_accuracy=validation_accuracy,
         probabilities=special.softmax(logits, axis=1),
         calibrated=None if temperature is None else special.softmax(logits / temperature, axis=1),
         hashes=evaluate.describe_run(run, 'test')['hashes'],
@@ -140,6 +159,7 @@ def summarize(folds, class_names):
         found = scores.score_predictions(
             fold.probabilities, fold.examples.labels, fold.examples.groups, class_names
         ) | scores.score_calibration(fold.probabilities, fold.examples.labels)
+        found['validation_accuracy'] = fold.validation_accuracy
         found['ece_calibrated'] = (
             None if fold.calibrated is None else scores.score_calibration(fold.calibrated, fold.examples.labels)['ece']
         )
@@ -247,4 +267,6 @@ def format_summary(result):
             lines.append(
                 f'  {TITLES[name]:32} {mean:.4f} +- {deviation:.4f}   95 % [{interval[0]:.4f}, {interval[1]:.4f}]'
             )
+    if result['inflation'] is not None:
+        lines.append(f'random folds flatter: accuracy {100 * result["inflation"]["accuracy"]:+.1f} points')
     return '\n'.join(lines)

@@ -78,8 +78,9 @@ def evaluate_run(
 ):
     """Evaluates the best checkpoint of a run and writes all that is known about it.
 
-    Written are, in `output`, metrics.json, predictions.csv, calibration.json, figures and report.html; in the workdir
-    calibration.json, TensorBoard summaries and, for the test split, MODEL_CARD.md.
+    Written are, in `output`, metrics.json, predictions.csv, calibration.json, figures and report.html; in the workdir,
+    where the images and their split are those of the training, calibration.json, TensorBoard summaries and, for the
+    test split, MODEL_CARD.md.
 
     Args:
       workdir: the run's folder.
@@ -113,6 +114,9 @@ def evaluate_run(
         if getattr(run.dataset, name) is not None
     }
     calibration = calibrate(run.dataset.validation, logits.get('validation'), wanted_errors)
+    if run.dataset.split_sha256 != run.run['split_sha256']:
+        # A validation part that was drawn anew holds images that the run learned from.
+        calibration = calibrate(None, None, ()) | {'note': 'the images or their split are not those of the training'}
     predictions = make_predictions(run, split, logits[split], calibration['temperature'])
     comparison = None
     if other_workdir:
@@ -171,8 +175,10 @@ def make_predictions(run, split, logits, temperature):
         np.concatenate([getattr(part, name) for part in seen]) for name in ('labels', 'groups', 'patients')
     )
     pictures, seen_pictures = _Pictures(examples), _Pictures(*seen)
-    matches = leakage.best_matches(leakage.thumbnails(pictures), leakage.thumbnails(seen_pictures))
+    thumbnails, seen_thumbnails = leakage.thumbnails(pictures), leakage.thumbnails(seen_pictures)
+    matches = leakage.best_matches(thumbnails, seen_thumbnails)
     copied = matches.correlation >= leakage.NEAR_COPY
+    copied[leakage.aligned_pairs(thumbnails, matches, seen_thumbnails).first] = True
     known = np.isin(examples.groups, groups) | ((examples.patients != '') & np.isin(examples.patients, patients))
     logits = np.asarray(logits, np.float64)
     return Predictions(

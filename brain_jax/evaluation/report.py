@@ -13,7 +13,7 @@ from brain_jax import files
 from brain_jax.data import images
 from brain_jax.evaluation import figures, scores, wording
 
-MAX_GALLERY = 60  # wrong images on the page
+MAX_GALLERY = 200  # wrong images on the page
 
 
 def list_errors(predictions):
@@ -121,13 +121,15 @@ def write_outputs(predictions, metrics, output, workdir):
         output / 'calibration.json': calibration,
         output / 'metrics.json': format_json(metrics),
         output / 'report.html': format_page(metrics, pngs, errors),
-        workdir / 'calibration.json': calibration,
     }
-    if metrics['split'] == 'test':
-        contents[workdir / 'MODEL_CARD.md'] = format_card(metrics)
+    if metrics['as_trained']:
+        contents[workdir / 'calibration.json'] = calibration
+        if metrics['split'] == 'test':
+            contents[workdir / 'MODEL_CARD.md'] = format_card(metrics)
     for path, content in contents.items():
         files.write_whole(path, content)
-    write_summaries(workdir, metrics, drawn)
+    if metrics['as_trained']:
+        write_summaries(workdir, metrics, drawn)
     logging.info('wrote %s', output / 'report.html')
 
 
