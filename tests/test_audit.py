@@ -120,6 +120,8 @@ def test_lists_of_copies(report):
     (pair,) = report['different_labels']
     assert (pair['first'], pair['second']) == ('Training/glioma/06.png', 'Training/notumor/07.png')
     assert pair['orientation'] == 'turned 90' and not pair['identical']
+    counts = [report[name]['different_labels'] for name in ('across', 'within_training', 'within_testing')]
+    assert (pair['section'], counts) == ('within_training', [0, 1, 0])
 
 
 def test_groups(report):

@@ -58,7 +58,7 @@ def test_files(report, output):
     table = groups.read_table(output / 'groups.csv')
     assert {path: row.group for path, row in table.items()} == {row['path']: row['group'] for row in report['files']}
     with open(output / 'groups.csv', newline='', encoding='utf-8') as file:
-        assert next(csv.reader(file)) == ['path', 'group', 'patient_id']
+        assert next(csv.reader(file)) == ['path', 'group', 'patient_id', 'source_label']
 
 
 def test_page_needs_nothing_else(output):

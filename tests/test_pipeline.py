@@ -336,6 +336,8 @@ def test_no_real_group_stands_on_two_sides(shared, tmp_path_factory, split):
         for column in ('group', 'patient_id'):
             seen = [{rows[name][column] for name in examples.file_names} - {''} for examples in sides]
             assert not seen[0] & seen[1] and not set().union(*seen[:2]) & set().union(*seen[2:])
+        joined = [set(examples.groups) for examples in sides]  # by the table and by copies
+        assert sum(map(len, joined)) == len(set().union(*joined))
         if split == 'grouped':
             shares = np.bincount(dataset.test.labels) / len(dataset.test)
             expected = np.bincount(images.examples.labels) / len(images.examples)

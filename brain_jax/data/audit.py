@@ -116,6 +116,8 @@ def audit(
     }
     columns = ('path', 'group', 'patient_id', 'source_label')
     files = zip(pictures.file_names, joined, patients.ids, patients.source_labels, strict=True)
+    for name in searches:
+        report[name]['different_labels'] = sum(pair['section'] == name for pair in report['different_labels'])
     return report | {
         'warnings': [
             {'what': what, 'advice': advice, 'examples': examples[:_EXAMPLES]}
@@ -383,8 +385,10 @@ def _list_different_labels(pictures, pairs):
     identical = [(first, i, 1, 0) for i, first in enumerate(first_of) if labels[i] != labels[first]]
     differ = (labels[pairs.first] != labels[pairs.second]) & (first_of[pairs.first] != first_of[pairs.second])
     near = sorted(zip(*(column[differ] for column in pairs), strict=True), key=lambda pair: -pair[2])
+    sections = {0: 'within_training', 1: 'across', 2: 'within_testing'}
     return [
-        _describe_pair(names, *pair) | {'identical': listed is identical}
+        _describe_pair(names, *pair)
+        | {'identical': listed is identical, 'section': sections[int(pictures.is_test[[*pair[:2]]].sum())]}
         for listed in (identical, near)
         for pair in listed
     ]

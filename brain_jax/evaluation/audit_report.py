@@ -103,6 +103,7 @@ def format_summary(report):
         for title, name in ((f'correlation {threshold}', 'near'), ('  without mirroring or turning', 'near_unturned')):
             rows.append((title, *(section[name][threshold] for section in sections)))
     rows.append(('only after a small crop', *(section['aligned'] for section in sections)))
+    rows.append(('pairs of different classes', *(section['different_labels'] for section in sections)))
     lines = [f'{title:32}' + ''.join(f'{_count(value):>18}' for value in values) for title, *values in rows]
     found = report['groups']
     lines += [
