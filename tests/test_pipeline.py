@@ -95,19 +95,26 @@ def test_examples_are_the_files(folder, dataset):
     assert dataset.class_names == CLASSES
     seen = []
     for examples in (dataset.train, dataset.validation, dataset.test):
-        for i in range(len(examples)):
-            name, example = examples.file_names[i], examples[i]
+        batch = examples.batch(np.arange(len(examples)))
+        types = {name: (value.dtype, value.shape[1:]) for name, value in batch.items()}
+        assert types == {
+            'image': (np.uint8, (8, 8)),
+            'label': (np.int32, ()),
+            'mask': (bool, ()),
+            'index': (np.int32, ()),
+        }
+        assert batch['mask'].all()
+        for name, image, label, sha256 in zip(
+            examples.file_names, batch['image'], batch['label'], examples.sha256, strict=True
+        ):
             expected = files[name]
             if expected.shape == (6, 8):
                 expected = np.concatenate([np.zeros((1, 8)), expected, np.zeros((1, 8))])
-            np.testing.assert_array_equal(example['image'], expected)
-            assert CLASSES[example['label']] == name.split('/')[1]
-            assert example['mask']
-            assert examples.sha256[i] == hashlib.sha256((root / name).read_bytes()).hexdigest()
+            np.testing.assert_array_equal(image, expected)
+            assert CLASSES[label] == name.split('/')[1]
+            assert sha256 == hashlib.sha256((root / name).read_bytes()).hexdigest()
             seen.append(name)
     assert sorted(seen) == sorted(files)
-    types = {name: (value.dtype, value.shape) for name, value in dataset.test[0].items()}
-    assert types == {'image': (np.uint8, (8, 8)), 'label': (np.int32, ()), 'mask': (bool, ()), 'index': (np.int32, ())}
 
 
 def test_index_is_the_place_in_the_folders(folder, dataset):

@@ -33,7 +33,7 @@ _READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Examples:
-    """Labelled images with random access, a Grain data source.
+    """Labelled images with random access.
 
     Attributes:
       images: uint8 [size, size] each, of the whole data set: an array, or a sequence that decodes on access.
@@ -57,10 +57,16 @@ class Examples:
     def __len__(self):
         return len(self.labels)
 
-    def __getitem__(self, i):
-        """Returns image uint8 [size, size], label int32, mask bool (true) and index int32 of example i."""
-        image = self.images[self.index[i]]
-        return {'image': image, 'label': self.labels[i], 'mask': np.bool_(True), 'index': self.index[i]}
+    def batch(self, rows):
+        """Returns the examples at `rows`, int [b], as a dict of arrays; see `train_batches`."""
+        index = self.index[rows]
+        in_memory = isinstance(self.images, np.ndarray)
+        return {
+            'image': self.images[index] if in_memory else np.stack([self.images[i] for i in index]),
+            'label': self.labels[rows],
+            'mask': np.ones(len(rows), bool),
+            'index': index,
+        }
 
     def subset(self, rows):
         """Returns the examples at `rows`, an integer array; the images are shared, not copied."""
@@ -350,7 +356,8 @@ def train_batches(examples, *, batch_size, seed, start_step=0, num_steps, proces
       InputError: when the processes cannot share a batch evenly.
     """
     local_size = _local_size(batch_size, process_count)
-    batches = grain.MapDataset.source(examples).seed(seed).shuffle().repeat().batch(local_size)
+    rows = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat()
+    batches = rows.batch(local_size).map(examples.batch)
     mine = batches[process_index::process_count]
     return iter(mine[start_step:num_steps].to_iter_dataset(_READ_OPTIONS))
 
@@ -371,11 +378,16 @@ def eval_batches(examples, *, batch_size, process_index=0, process_count=1):
       InputError: when the processes cannot share a batch evenly.
     """
     local_size = _local_size(batch_size, process_count)
-    black = np.zeros_like(examples[0]['image'])
-    filling = {'image': black, 'label': np.int32(0), 'mask': np.bool_(False), 'index': np.int32(-1)}
     num_rows = -(-len(examples) // batch_size) * batch_size
-    rows = grain.MapDataset.range(num_rows).map(lambda i: examples[i] if i < len(examples) else filling)
-    return iter(rows.batch(local_size)[process_index::process_count].to_iter_dataset(_READ_OPTIONS))
+
+    def fill(rows):
+        inside = rows < len(examples)
+        batch = examples.batch(np.where(inside, rows, 0))
+        batch['image'][~inside], batch['label'][~inside], batch['index'][~inside] = 0, 0, -1
+        return batch | {'mask': inside}
+
+    batches = grain.MapDataset.range(num_rows).batch(local_size).map(fill)
+    return iter(batches[process_index::process_count].to_iter_dataset(_READ_OPTIONS))
 
 
 def sharded_eval_batches(examples, batch_size, sharding):
