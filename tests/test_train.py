@@ -99,7 +99,7 @@ def test_summary_holds_the_scores_of_the_best_checkpoint(finished):
     model = train.create_model(config, 4)
     for split in ('validation', 'test'):
         examples = getattr(dataset, split)
-        images = np.stack([row['image'] for row in examples])
+        images = examples.images[examples.index]
         probabilities = np.asarray(jax.nn.softmax(model.apply(variables, models.normalize(images))), np.float64)
         probabilities /= probabilities.sum(axis=1, keepdims=True)
         predicted = probabilities.argmax(axis=1)
@@ -319,7 +319,7 @@ def test_frozen_mode_trains_the_head_alone(data, tmp_path):
     assert_trees_equal(variables['batch_stats'], state.batch_stats)
     # The checkpoint is a whole network: from the images it gives what the run measured on their features.
     dataset = pipeline.load_dataset(config)
-    test, train_images = (np.stack([row['image'] for row in s]) for s in (dataset.test, dataset.train))
+    test, train_images = (examples.images[examples.index] for examples in (dataset.test, dataset.train))
     logits = sum(model.apply(variables, models.normalize(images)) for images in (test, test[:, :, ::-1]))
     assert summary['test']['accuracy'] == pytest.approx(np.mean(np.argmax(logits, axis=1) == dataset.test.labels))
     expected = sklearn_metrics.log_loss(dataset.test.labels, jax.nn.softmax(logits / 2), labels=range(4))
