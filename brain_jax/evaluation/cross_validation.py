@@ -103,12 +103,8 @@ def cross_validate(config, output, *, seeds=(0,), splits=('grouped',)):
 
 def measure_inflation(random, grouped):
     """Returns by how much random folds flatter, for each of `SCORES`: their mean less that of grouped folds."""
-    return {
-        name: None
-        if None in (random['mean'][name], grouped['mean'][name])
-        else random['mean'][name] - grouped['mean'][name]
-        for name in SCORES
-    }
+    means = {name: (random['mean'][name], grouped['mean'][name]) for name in SCORES}
+    return {name: None if None in pair else pair[0] - pair[1] for name, pair in means.items()}
 
 
 def load_features(config, images):
