@@ -14,50 +14,20 @@ from brain_jax import checkpoints, files, models, parallel
 from brain_jax.data import pipeline
 
 
-def use_features(dataset, model, params, batch_stats, config, mesh):
-    """Puts the backbone's features in the place of the images, see `scale_features`.
-
-    The factors go into the last BatchNorm, ahead of a ReLU and a mean that pass them on, so that the network stays a
-    whole one which computes the scaled features itself.
-
-    Args:
-      dataset: a `pipeline.Dataset`; its images are those of the whole data set.
-      model: a `DenseNet`.
-      params: its parameters.
-      batch_stats: its running statistics.
-      config: the run's configuration.
-      mesh: the devices.
-
-    Returns:
-      The `Dataset` with images float32 [views, channels], and the parameters with the last BatchNorm scaled.
-    """
-    pooled = load_features(dataset, model, params, batch_stats, config, mesh)
-    dataset, factors = scale_features(dataset, pooled)
-    last = jax.tree.map(lambda leaf: jax.device_put(leaf * factors, leaf.sharding), params['bn'])
-    return dataset, params | {'bn': last}
-
-
-def scale_features(dataset, pooled):
-    """Scales features to standard deviation 1 over the training images.
-
-    They differ in spread by seven orders of magnitude, and a head on them as they are hardly learns from the narrow
-    ones.
-
-    Args:
-      dataset: a `pipeline.Dataset`.
-      pooled: float32 [images, views, channels], of `load_features`.
-
-    Returns:
-      The `Dataset` with the scaled features for images, and the factors float32 [channels].
-    """
-    factors = 1 / np.maximum(pooled[dataset.train.index, 0].std(axis=0), 1e-6)
-    scaled = pooled * factors
+def use_features(dataset, pooled):
+    """Returns a `pipeline.Dataset` with features, float32 [images, views, channels], in the place of its images."""
     splits = {
-        split: dataclasses.replace(examples, images=scaled)
+        split: dataclasses.replace(examples, images=pooled)
         for split in ('train', 'validation', 'test')
         if (examples := getattr(dataset, split)) is not None
     }
-    return dataset._replace(**splits), factors
+    return dataset._replace(**splits)
+
+
+def measure_moments(examples):
+    """Returns mean and standard deviation of the features of some images over all views, float32 [channels] each."""
+    mine = examples.images[examples.index]
+    return mine.mean(axis=(0, 1)), np.maximum(mine.std(axis=(0, 1)), 1e-6)
 
 
 def draw_view(key, views):
@@ -66,29 +36,32 @@ def draw_view(key, views):
     return jnp.take_along_axis(views, chosen, axis=1)[:, 0]
 
 
-def center_gradients(grads, mean):
-    """Returns the gradients as if the head saw features less their mean, see `center_update`."""
-    head = grads['predictions']
-    return grads | {'predictions': head | {'kernel': head['kernel'] - mean[:, None] * head['bias']}}
+def standardize_head(params, mean, deviation):
+    """Returns the parameters with the head that answers the same on standardised features, see `restore_head`.
 
-
-def center_update(old_params, new_params, mean):
-    """Ends a training step with `center_gradients`: what the new kernel adds through the mean, the bias takes away.
-
-    A head learns better on features of mean 0. With both functions it learns just as on those, and yet its parameters
+    Features differ in spread by seven orders of magnitude, and lie far from 0; a head on them as they are hardly learns
+    from the narrow ones. So a training step learns on features of mean 0 and deviation 1. Between steps the parameters
     are for the features as they are, and as the whole network computes them.
 
     Args:
-      old_params: parameters before the step.
-      new_params: those after it.
-      mean: float32 [channels], of the scaled features.
+      params: the network's parameters.
+      mean: float32 [channels].
+      deviation: float32 [channels], standard deviations.
 
     Returns:
-      The new parameters, with another bias of the head.
+      The parameters, with another head.
     """
-    old, new = old_params['predictions'], new_params['predictions']
-    bias = new['bias'] - mean @ (new['kernel'] - old['kernel'])
-    return new_params | {'predictions': new | {'bias': bias}}
+    kernel, bias = params['predictions']['kernel'], params['predictions']['bias']
+    bias = bias + jnp.matmul(mean, kernel, precision='highest')
+    return params | {'predictions': {'kernel': kernel * deviation[:, None], 'bias': bias}}
+
+
+def restore_head(params, mean, deviation):
+    """Undoes `standardize_head`."""
+    kernel, bias = params['predictions']['kernel'], params['predictions']['bias']
+    kernel = kernel / deviation[:, None]
+    bias = bias - jnp.matmul(mean, kernel, precision='highest')
+    return params | {'predictions': {'kernel': kernel, 'bias': bias}}
 
 
 def load_features(dataset, model, params, batch_stats, config, mesh):
@@ -101,6 +74,7 @@ def load_features(dataset, model, params, batch_stats, config, mesh):
     key = {
         'variables': checkpoints.content_hash([backbone, batch_stats]),
         'model': config.model,
+        'head': config.head,
         'dtype': config.dtype,
         'image_size': config.image_size,
     }

@@ -86,7 +86,7 @@ def load_run(workdir, data_dir=None, groups=None, *, images=None, pooled=None):
         run=run,
         config=config,
         dataset=dataset,
-        inputs=dataset if pooled is None else features.scale_features(dataset, pooled)[0],
+        inputs=dataset if pooled is None else features.use_features(dataset, pooled),
         model=model,
         state=state,
         mesh=mesh,

@@ -123,6 +123,31 @@ def average_pool(x):
     return jnp.mean(x.reshape(batch, height // 2, 2, width // 2, 2, channels), axis=(2, 4))
 
 
+def pool_widely(feature_maps):
+    """Returns the channel means of several maps, each over the whole image and over its middle.
+
+    The middle is three sevenths of the side, so that of a map of 7x7 it is 3x3. Where a tumour lies tells much about
+    what it is, and what tells tumours apart is textures more than the objects of ImageNet's last stage.
+
+    Args:
+      feature_maps: list of float [batch, height, width, channels], heights and widths their own.
+
+    Returns:
+      float32 [batch, twice the sum of the channels].
+    """
+    means = []
+    for x in feature_maps:
+        rows, columns = (min(round(2 * side / 7), (side - 1) // 2) for side in x.shape[1:3])
+        middle = x[:, rows : x.shape[1] - rows, columns : x.shape[2] - columns]
+        means += [mean_map(x), mean_map(middle)]
+    return jnp.concatenate(means, axis=-1)
+
+
+def mean_map(x):
+    """Returns the means of the channels: [batch, height, width, channels] -> float32 [batch, channels]."""
+    return jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
+
+
 def concatenate(feature_maps):
     """Returns one `FeatureMap` with the channels, and the moments, of all."""
     values, moments = zip(*feature_maps, strict=True)
@@ -142,6 +167,8 @@ class DenseNet(nn.Module):
       dtype: type of the computation; parameters, statistics and logits are float32.
       batch_norm: 'train' normalises with batch statistics while training, 'frozen' always with the running ones.
       momentum: of the running statistics.
+      head: what it sees, 'last': the means of the last map, as Keras' head does; 'wide': those of the last three
+        stages, see `pool_widely`.
     """
 
     stage_sizes: tuple[int, ...]
@@ -150,6 +177,7 @@ class DenseNet(nn.Module):
     dtype: Any = jnp.float32
     batch_norm: str = 'train'
     momentum: float = 0.99
+    head: str = 'last'
 
     @nn.compact
     def __call__(self, images, *, train=False, return_features=False):
@@ -167,6 +195,8 @@ class DenseNet(nn.Module):
         """
         if self.batch_norm not in ('train', 'frozen'):
             raise ValueError(f"batch_norm is {self.batch_norm!r}: use 'train' or 'frozen'")
+        if self.head not in ('last', 'wide'):
+            raise ValueError(f"head is {self.head!r}: use 'last' or 'wide'")
         use_batch_moments = train and self.batch_norm == 'train'
         conv = partial(nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.he_normal())
         norm = partial(BatchNormRelu, dtype=self.dtype, momentum=self.momentum)
@@ -177,12 +207,14 @@ class DenseNet(nn.Module):
         stem = conv(2 * self.growth_rate, (7, 7), conv_general_dilated=convolutions.stem_convolution, name='conv1_conv')
         x = norm(name='conv1_bn')(feature_map(stem(images.astype(self.dtype))))
         x = feature_map(convolutions.max_pool(x))
+        ends = []  # of the stages
         for stage, num_layers in enumerate(self.stage_sizes, start=2):
             for layer in range(1, num_layers + 1):
                 name = f'conv{stage}_block{layer}'
                 x = concatenate([x, DenseLayer(self.growth_rate, conv, norm, feature_map, name=name)(x)])
             if stage < len(self.stage_sizes) + 1:
-                y = average_pool(norm(name=f'pool{stage}_bn')(x))
+                ends.append(norm(name=f'pool{stage}_bn')(x))
+                y = average_pool(ends[-1])
                 squeeze = conv(
                     y.shape[-1] // 2,
                     (1, 1),
@@ -191,7 +223,7 @@ class DenseNet(nn.Module):
                 )
                 x = feature_map(squeeze(y))
         features = norm(name='bn')(x)
-        pooled = jnp.mean(features, axis=(1, 2), dtype=jnp.promote_types(features.dtype, jnp.float32))
+        pooled = mean_map(features) if self.head == 'last' else pool_widely([*ends[-2:], features])
         logits = nn.Dense(self.num_classes, name='predictions')(pooled)
         return (logits, {'feature_map': features, 'pooled': pooled}) if return_features else logits
 

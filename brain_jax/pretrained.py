@@ -126,7 +126,7 @@ def load_pretrained(source, variables):
 
     Returns:
       variables: the same tree with the arrays of the file (float32 numpy). A head that the file does not have, or has
-        for another number of classes, stays as it was, and the log says so.
+        for another number of classes or channels, stays as it was, and the log says so.
       sha256: of the file, hexadecimal.
 
     Raises:
@@ -135,15 +135,13 @@ def load_pretrained(source, variables):
     old = flax.traverse_util.flatten_dict(variables, sep='/')
     weights = _read_weights(source, {path: tuple(leaf.shape) for path, leaf in old.items()})
     new = flax.traverse_util.flatten_dict(weights.variables, sep='/')
-    classes = old[HEAD[0]].shape[-1]
+    channels, classes = old[HEAD[0]].shape
     if HEAD[0] not in new:
         logging.info('%s has no head: the head of %d classes starts afresh', weights.source, classes)
-    elif new[HEAD[0]].shape[-1] != classes:
+    elif new[HEAD[0]].shape != (channels, classes):
         logging.info(
-            '%s has a head of %d classes: replaced by a fresh one of %d',
-            weights.source,
-            new[HEAD[0]].shape[-1],
-            classes,
+            '%s has a head of %d classes on %d channels: replaced by a fresh one of %d on %d',
+            *(weights.source, *new[HEAD[0]].shape[::-1], classes, channels),
         )
         new = {path: array for path, array in new.items() if path not in HEAD}
     return flax.traverse_util.unflatten_dict(old | new, sep='/'), weights.sha256
@@ -261,9 +259,11 @@ def _check(path, arrays, expected):
     if not any(name in arrays for name in HEAD):
         expected = {name: shape for name, shape in expected.items() if name not in HEAD}
     elif HEAD[0] in arrays:
-        # The number of classes is free.
-        classes = min(arrays[HEAD[0]].shape[-1], MAX_CLASSES)
-        expected |= {HEAD[0]: (expected[HEAD[0]][0], classes), HEAD[1]: (classes,)}
+        # The number of classes is free, and the head is narrow or wide.
+        rows, classes = arrays[HEAD[0]].shape[0], min(arrays[HEAD[0]].shape[-1], MAX_CLASSES)
+        ends = [expected[f'params/{name}/scale'][0] for name in ('pool3_bn', 'pool4_bn', 'bn')]
+        channels = rows if rows in (ends[-1], 2 * sum(ends)) else expected[HEAD[0]][0]
+        expected |= {HEAD[0]: (channels, classes), HEAD[1]: (classes,)}
     problems = {
         'missing': sorted(expected.keys() - arrays.keys()),
         'unexpected': sorted(arrays.keys() - expected.keys()),

@@ -56,6 +56,7 @@ def create_model(config, num_classes):
         ('model', ('DenseNet121', 'DenseNet169', 'DenseNet201', '_DenseNetTiny')),
         ('dtype', ('float32', 'bfloat16')),
         ('batch_norm', ('train', 'frozen')),
+        ('head', ('last', 'wide')),
     ):
         if config[field] not in allowed:
             raise InputError(f'{field} is {config[field]!r}: use {" or ".join(allowed[:3])}')
@@ -64,6 +65,7 @@ def create_model(config, num_classes):
         dtype=jnp.dtype(config.dtype),
         batch_norm=config.batch_norm,
         momentum=config.batch_norm_momentum,
+        head=config.head,
     )
 
 
@@ -112,6 +114,8 @@ def apply_network(model, variables, inputs, *, train):
 def evaluate_network(model, config, variables, inputs):
     """Computes logits for evaluation, with `config.average_flips` the mean of those of an image and its mirror image.
 
+    Mirror images are asked only where training shows them, too: `config.augment.flip_horizontal`.
+
     Args:
       model: a `DenseNet`.
       config: the run's configuration.
@@ -122,7 +126,7 @@ def evaluate_network(model, config, variables, inputs):
       float32 [batch, classes].
     """
     views = [inputs, inputs[:, :, ::-1]] if inputs.dtype == jnp.uint8 else list(inputs.swapaxes(0, 1))
-    views = views if config.average_flips else views[:1]
+    views = views if config.average_flips and config.augment.flip_horizontal else views[:1]
     return sum(apply_network(model, variables, view, train=False)[0] for view in views) / len(views)
 
 
@@ -131,11 +135,12 @@ def step_keys(config, step):
     return jax.random.split(jax.random.fold_in(jax.random.key(config.seed), step))
 
 
-def make_train_step(model, config, class_weights, mesh, feature_mean=None):
+def make_train_step(model, config, class_weights, mesh, feature_moments=None):
     """Returns the compiled training step: (state, batch) -> (state, `TrainMetrics`, health).
 
     `health`, float32 [3], is the mean loss and the norms of the gradients and of the new parameters and statistics:
-    finite as long as every number is. The state is donated. `feature_mean`, float32 [channels], is for mode 'frozen'.
+    finite as long as every number is. The state is donated. In mode 'frozen' `feature_moments` are those of
+    `features.measure_moments`.
     """
     weights = jnp.asarray(class_weights, jnp.float32)
 
@@ -145,7 +150,8 @@ def make_train_step(model, config, class_weights, mesh, feature_mean=None):
         targets = optax.smooth_labels(jax.nn.one_hot(labels, model.num_classes), config.label_smoothing)
         key_augment, key_mixup = step_keys(config, state.step)
         if config.mode == 'frozen':
-            inputs = features.draw_view(key_augment, inputs)
+            mean, deviation = feature_moments
+            inputs = (features.draw_view(key_augment, inputs) - mean) / deviation
         else:
             inputs = augment.augment_batch(key_augment, inputs, batch['index'], config.augment)
         if config.mixup:
@@ -179,14 +185,13 @@ def make_train_step(model, config, class_weights, mesh, feature_mean=None):
 
     def train_step(state, batch):
         inputs, targets, weights = prepare(state, batch)
+        if feature_moments is not None:
+            state = state.replace(params=features.standardize_head(state.params, *feature_moments))
         grads, (batch_stats, losses, logits) = compute_gradients(state, (inputs, targets, weights))
         grads = optimizer.zero_frozen(grads, config.freeze)
-        old_params = state.params
-        if feature_mean is not None:
-            grads = features.center_gradients(grads, feature_mean)
         state = state.apply_gradients(grads=grads, batch_stats=batch_stats)
-        if feature_mean is not None:
-            state = state.replace(params=features.center_update(old_params, state.params, feature_mean))
+        if feature_moments is not None:
+            state = state.replace(params=features.restore_head(state.params, *feature_moments))
         if config.ema_decay:
             ema_params = optax.incremental_update(state.params, state.ema_params, 1 - config.ema_decay)
             state = state.replace(ema_params=ema_params)
@@ -227,8 +232,8 @@ def evaluate(eval_step, state, examples, config, mesh):
 
 
 def is_due(step, every, last):
-    """Tells whether something done every so many steps, and after the last, is done after `step` steps."""
-    return step % every == 0 or step == last
+    """Tells whether something done every so many steps, a fraction may be, and after the last, is done after `step`."""
+    return step // every > (step - 1) // every or step == last
 
 
 def load_images(config, workdir):
@@ -320,7 +325,7 @@ def train(
     if config.early_stopping and progress['evaluations_since_best'] >= config.early_stopping:
         return state  # the run was stopped early before it was resumed
     start_step = int(state.step)
-    eval_every = max(1, round(config.eval_every_epochs * len(dataset.train) / config.batch_size))
+    eval_every = config.eval_every_epochs * len(dataset.train) / config.batch_size
     hooks = [periodic_actions.ReportProgress(num_train_steps=total_steps, writer=writer)]
     if config.profile:
         hooks.append(
@@ -425,11 +430,11 @@ def train_and_evaluate(config, workdir, images=None):
     )
     run = run_folder.describe_run(config, dataset, weights_sha256)
     run_folder.write_run(workdir / 'run.json', run)
-    feature_mean = None
+    feature_moments = None
     if config.mode == 'frozen':
-        dataset, params = features.use_features(dataset, model, state.params, state.batch_stats, config, mesh)
-        state = state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params) if config.ema_decay else None)
-        feature_mean = dataset.train.images[dataset.train.index].mean(axis=(0, 1))
+        pooled = features.load_features(dataset, model, state.params, state.batch_stats, config, mesh)
+        dataset = features.use_features(dataset, pooled)
+        feature_moments = features.measure_moments(dataset.train)
 
     writer = training_log.create_writer(workdir)
     with checkpoints.open_checkpoints(workdir) as manager, metric_writers.ensure_flushes(writer):
@@ -444,7 +449,7 @@ def train_and_evaluate(config, workdir, images=None):
         eval_step = make_eval_step(model, config, mesh)
         state = train(
             *(config, state, dataset, mesh),
-            train_step=make_train_step(model, config, weights, mesh, feature_mean),
+            train_step=make_train_step(model, config, weights, mesh, feature_moments),
             eval_step=eval_step,
             schedule=schedule,
             total_steps=total_steps,

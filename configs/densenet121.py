@@ -48,6 +48,7 @@ def get_config(mode='finetune'):
 
     # The network.
     config.model = 'DenseNet121'  # 'DenseNet121' | 'DenseNet169' | 'DenseNet201'
+    config.head = 'last'  # sees the means of 'last': the last map | 'wide': three stages' maps, and of their middles
     config.dtype = 'float32'  # 'float32' | 'bfloat16' computation; parameters and statistics stay float32
     config.batch_norm = 'train'  # 'train': batch statistics | 'frozen': the running ones, never updated
     config.batch_norm_momentum = 0.97  # share of the old running statistics that a step keeps
@@ -93,15 +94,16 @@ def get_config(mode='finetune'):
     config.eval_every_epochs = 1.0
     config.checkpoint_every_steps = 100
     config.eval_batch_size = 64
-    config.average_flips = False  # evaluate an image and its mirror image (given augment.flip_horizontal), and average
+    config.average_flips = True  # evaluate an image and its mirror image (given augment.flip_horizontal), and average
     config.profile = False  # write a profile of a few steps for TensorBoard
 
     if mode == 'frozen':
         config.num_epochs = 100.0
         config.batch_size = 256
         config.freeze = '^(?!predictions)'
-        config.weight_decay = 1.0
-        config.average_flips = True
+        config.head = 'wide'
+        config.weight_decay = 10.0
+        config.mixup = 0.5
         config.head_epochs = 0.0
         config.label_smoothing = 0.0
         config.log_every_steps = 100

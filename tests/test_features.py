@@ -4,38 +4,39 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
+from sklearn import preprocessing
 
 from brain_jax import features, models, parallel
 from brain_jax.data import pipeline
 
 
-def test_centered_learning_is_learning_on_centered_features():
+def test_standardized_head_answers_alike():
     generator = np.random.default_rng(0)
-    inputs = generator.gamma(2.0, 3.0, (40, 5)).astype(np.float32)
-    labels = generator.integers(0, 3, 40)
-    mean = inputs.mean(axis=0)
-    kernel = generator.normal(size=(5, 3)).astype(np.float32)
-    tx = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.1))
+    inputs = generator.gamma(2.0, 3.0, (40, 5)) * [1e-3, 0.1, 1, 10, 100]
+    mean, deviation = inputs.mean(axis=0), inputs.std(axis=0)
+    kernel, bias = generator.normal(size=(5, 3)), generator.normal(size=3)
+    params = {'predictions': {'kernel': kernel, 'bias': bias}, 'bn': {'scale': np.ones(5)}}
+    found = features.standardize_head(params, mean, deviation)
+    standardized = preprocessing.StandardScaler().fit_transform(inputs)
+    answers = standardized @ found['predictions']['kernel'] + found['predictions']['bias']
+    np.testing.assert_allclose(answers, inputs @ kernel + bias, rtol=1e-4, atol=1e-3)
+    assert np.abs(found['predictions']['kernel'] - kernel).max() > 1
+    back = features.restore_head(found, mean, deviation)
+    assert back['bn'] is params['bn']
+    np.testing.assert_allclose(back['predictions']['kernel'], kernel, rtol=1e-5)
+    np.testing.assert_allclose(back['predictions']['bias'], bias, atol=1e-3)
 
-    def loss(params, inputs):
-        logits = inputs @ params['predictions']['kernel'] + params['predictions']['bias']
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    def learn(params, inputs, mean):
-        state = tx.init(params)
-        for _ in range(10):
-            grads = features.center_gradients(jax.grad(loss)(params, inputs), mean)
-            updates, state = tx.update(grads, state)
-            params = features.center_update(params, optax.apply_updates(params, updates), mean)
-        return params['predictions']
-
-    # A mean of 0 changes nothing: this is plain learning, on centred features.
-    expected = learn({'predictions': {'kernel': kernel, 'bias': mean @ kernel}}, inputs - mean, jnp.zeros(5))
-    found = learn({'predictions': {'kernel': kernel, 'bias': jnp.zeros(3)}}, inputs, mean)
-    np.testing.assert_allclose(found['kernel'], expected['kernel'], atol=1e-4)
-    np.testing.assert_allclose(found['bias'] + mean @ found['kernel'], expected['bias'], atol=1e-3)
-    assert np.abs(expected['kernel'] - kernel).max() > 0.1
+def test_moments_are_those_of_the_training_images():
+    views = np.random.default_rng(0).normal(3.0, 2.0, (6, 2, 4)).astype(np.float32)
+    views[:, :, 3] = 7  # a channel that never varies
+    index = np.array([1, 4, 5], np.int32)
+    nothing = dict.fromkeys(('labels', 'file_names', 'sha256', 'groups', 'patients'))
+    mean, deviation = features.measure_moments(pipeline.Examples(images=views, index=index, **nothing))
+    scaler = preprocessing.StandardScaler().fit(views[index].reshape(6, 4))
+    np.testing.assert_allclose(mean, scaler.mean_, rtol=1e-5)
+    np.testing.assert_allclose(deviation[:3], scaler.scale_[:3], rtol=1e-5)
+    assert deviation[3] == np.float32(1e-6)
 
 
 def test_draw_view():
@@ -56,7 +57,7 @@ def test_features_are_kept_where_they_can_be(tmp_path, caplog):
     )
     model = models._DenseNetTiny(num_classes=2)
     variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-    config = ml_collections.ConfigDict({'model': '_DenseNetTiny', 'dtype': 'float32', 'image_size': 32})
+    config = ml_collections.ConfigDict({'model': '_DenseNetTiny', 'head': 'last', 'dtype': 'float32', 'image_size': 32})
     config.update(eval_batch_size=4, augment={'flip_horizontal': True})
     expected = [
         model.apply(variables, models.normalize(view), return_features=True)[1]['pooled']

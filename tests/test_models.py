@@ -178,6 +178,20 @@ def test_unknown_batch_norm():
         jax.eval_shape(make_tiny(batch_norm='eval').init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
 
 
+def test_unknown_head():
+    with pytest.raises(ValueError, match="head is 'narrow': use 'last' or 'wide'"):
+        jax.eval_shape(make_tiny(head='narrow').init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+
+
+def test_pool_widely():
+    maps = [
+        np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32) for size in ((7, 14), (1, 2), (3, 4))
+    ]
+    middles = [maps[0][:, 2:5, 4:10], maps[1], maps[2][:, 1:2, 1:3]]
+    expected = [x.mean(axis=(1, 2)) for pair in zip(maps, middles, strict=True) for x in pair]
+    np.testing.assert_allclose(models.pool_widely(maps), np.concatenate(expected, axis=1), atol=1e-6)
+
+
 # Against Keras; the logits are compared in test_pretrained.py.
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from brain_jax import InputError, models, pretrained
 
@@ -276,7 +276,37 @@ def test_head_of_other_classes_is_replaced(densenet121, weights_file, caplog):
     expected = keras_variables(densenet121)
     expected['params/predictions/kernel'], expected['params/predictions/bias'] = np.ones((1024, 4)), np.ones(4)
     assert_same(variables, expected)
-    assert 'has a head of 7 classes: replaced by a fresh one of 4' in caplog.text
+    assert 'has a head of 7 classes on 1024 channels: replaced by a fresh one of 4 on 1024' in caplog.text
+
+
+def test_narrow_and_wide_heads_replace_each_other(densenet121, weights_file, tmp_path, caplog):
+    caplog.set_level('INFO')
+    variables, _ = pretrained.load_pretrained(weights_file, fresh(num_classes=7, head='wide'))
+    assert variables['params']['predictions']['kernel'].shape == (5120, 7)
+    assert 'of 7 classes on 1024 channels: replaced by a fresh one of 7 on 5120' in caplog.text
+    path = tmp_path / 'wide.safetensors'
+    variables['params']['predictions']['kernel'] = np.full((5120, 7), 2, np.float32)
+    pretrained.write_weights(path, variables, source='', source_sha256='')
+    expected = keras_variables(densenet121)
+    expected['params/predictions/kernel'], expected['params/predictions/bias'] = np.ones((1024, 7)), np.ones(7)
+    assert_same(pretrained.load_pretrained(path, fresh(num_classes=7))[0], expected)
+    again, _ = pretrained.load_pretrained(path, fresh(num_classes=7, head='wide'))
+    np.testing.assert_array_equal(again['params']['predictions']['kernel'], 2)
+
+
+def test_wide_head_sees_the_stages_of_keras(densenet121):
+    variables = unflatten_dict(keras_variables(densenet121), sep='/')
+    variables['params']['predictions'] = {'kernel': np.zeros((5120, 4)), 'bias': np.zeros(4)}
+    images = np.random.default_rng(0).normal(size=(2, 224, 224, 3)).astype(np.float32)
+    model = models.DenseNet121(num_classes=4, head='wide')
+    _, found = jax.jit(lambda v: model.apply(v, images, return_features=True))(variables)
+    ends = [densenet121.get_layer(name).output for name in ('pool3_relu', 'pool4_relu', 'relu')]
+    means = []
+    for x, middle in zip(keras.Model(densenet121.input, ends)(images), (12, 6, 3), strict=True):
+        x = x.numpy()
+        edge = (x.shape[1] - middle) // 2
+        means += [x.mean(axis=(1, 2)), x[:, edge:-edge, edge:-edge].mean(axis=(1, 2))]
+    np.testing.assert_allclose(found['pooled'], np.concatenate(means, axis=1), rtol=1e-3, atol=1e-4)
 
 
 def test_file_without_head(backbone, tmp_path, caplog):
