@@ -143,6 +143,11 @@ def pool_widely(feature_maps):
     return jnp.concatenate(means, axis=-1)
 
 
+def head_channels(stage_channels):
+    """Returns how many channels each kind of head sees, {name: count}, by the channels of the last three stages."""
+    return {'last': stage_channels[-1], 'wide': 2 * sum(stage_channels)}
+
+
 def mean_map(x):
     """Returns the means of the channels: [batch, height, width, channels] -> float32 [batch, channels]."""
     return jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))

@@ -262,7 +262,7 @@ def _check(path, arrays, expected):
         # The number of classes is free, and the head is narrow or wide.
         rows, classes = arrays[HEAD[0]].shape[0], min(arrays[HEAD[0]].shape[-1], MAX_CLASSES)
         ends = [expected[f'params/{name}/scale'][0] for name in ('pool3_bn', 'pool4_bn', 'bn')]
-        channels = rows if rows in (ends[-1], 2 * sum(ends)) else expected[HEAD[0]][0]
+        channels = rows if rows in models.head_channels(ends).values() else expected[HEAD[0]][0]
         expected |= {HEAD[0]: (channels, classes), HEAD[1]: (classes,)}
     problems = {
         'missing': sorted(expected.keys() - arrays.keys()),

@@ -98,7 +98,7 @@ def get_config(mode='finetune'):
     config.profile = False  # write a profile of a few steps for TensorBoard
 
     if mode == 'frozen':
-        config.num_epochs = 100.0
+        config.num_epochs = 25.0
         config.batch_size = 256
         config.freeze = '^(?!predictions)'
         config.head = 'wide'
@@ -107,7 +107,7 @@ def get_config(mode='finetune'):
         config.head_epochs = 0.0
         config.label_smoothing = 0.0
         config.log_every_steps = 100
-        config.eval_every_epochs = 10.0
+        config.eval_every_epochs = 5.0
         config.checkpoint_every_steps = 1000
     elif mode == 'scratch':
         config.pretrained = ''

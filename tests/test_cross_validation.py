@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from scipy import optimize, special
 from sklearn import metrics
 
 from brain_jax.data import phantom
@@ -84,6 +85,45 @@ def test_every_image_is_tested_once(command):
     means = [np.mean([run['accuracy'] for run in report['splits'][split]['runs']]) for split in ('random', 'grouped')]
     assert report['inflation']['accuracy'] == pytest.approx(means[0] - means[1])
     assert f'accuracy {100 * (means[0] - means[1]):+.1f} points' in printed
+
+
+def expected_calibration_error(probabilities, labels):
+    bins = np.ceil(probabilities.max(axis=1) * 15)
+    correct = probabilities.argmax(axis=1) == labels
+    gaps = [abs(np.sum(correct[bins == b]) - np.sum(probabilities.max(axis=1)[bins == b])) for b in np.unique(bins)]
+    return np.sum(gaps) / len(labels)
+
+
+def test_calibration_by_the_other_folds(command):
+    with open(command[1] / 'out/predictions.csv', newline='') as file:
+        rows = [row for row in csv.DictReader(file) if (row['split'], row['seed']) == ('grouped', '3')]
+    report = json.loads((command[1] / 'out/cross_validation.json').read_text())
+    names, summary = report['class_names'], report['splits']['grouped']
+    answers = np.array([[float(row[f'probability_{name}']) for name in names] for row in rows])
+    labels, fold = np.array([names.index(row['label']) for row in rows]), np.array([int(row['fold']) for row in rows])
+
+    def at_temperature(chosen, temperature):
+        return special.softmax(np.log(answers[chosen]) / temperature, axis=1)
+
+    def fit(chosen):
+        def loss(temperature):
+            return metrics.log_loss(labels[chosen], at_temperature(chosen, temperature), labels=range(len(names)))
+
+        return optimize.brute(loss, [(0.05, 20)], Ns=200)[0]
+
+    everything = np.ones(len(rows), bool)
+    together = summary['images']['3']
+    assert together['temperature'] == pytest.approx(fit(everything), rel=0.01)
+    assert together['ece'] == pytest.approx(expected_calibration_error(answers, labels), abs=1e-6)
+    calibrated = np.zeros_like(answers)
+    for run in summary['runs'][:2]:  # those of seed 3
+        assert run['seed'] == 3
+        mine = fold == run['fold']
+        calibrated[mine] = at_temperature(mine, fit(~mine))
+        expected = expected_calibration_error(calibrated[mine], labels[mine])
+        assert run['ece_cross_calibrated'] == pytest.approx(expected, abs=0.01)
+    expected = expected_calibration_error(calibrated, labels)
+    assert together['ece_cross_calibrated'] == pytest.approx(expected, abs=0.01)
 
 
 def test_finished_runs_are_not_repeated(command):

@@ -178,6 +178,14 @@ def test_unknown_batch_norm():
         jax.eval_shape(make_tiny(batch_norm='eval').init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
 
 
+def test_head_channels():
+    # The shapes of DenseNet121: its stages 3, 4 and 5 end with 512, 1,024 and 1,024 channels.
+    for head, channels in models.head_channels([512, 1024, 1024]).items():
+        network = models.DenseNet121(head=head, num_classes=4)
+        shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+        assert shapes['params']['predictions']['kernel'].shape == (channels, 4)
+
+
 def test_unknown_head():
     with pytest.raises(ValueError, match="head is 'narrow': use 'last' or 'wide'"):
         jax.eval_shape(make_tiny(head='narrow').init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))

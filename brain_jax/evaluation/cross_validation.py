@@ -20,7 +20,8 @@ TITLES = {
     'macro_f1': 'F1, macro',
     'roc_auc': 'ROC-AUC, macro',
     'ece': 'expected calibration error',
-    'ece_calibrated': 'the same, calibrated',
+    'ece_calibrated': 'the same, at the temperature of validation',
+    'ece_cross_calibrated': 'the same, at that of the other folds',
 }
 SCORES = tuple(TITLES)
 
@@ -36,8 +37,8 @@ class Fold(typing.NamedTuple):
       num_seen: number of images that the run learned from or was chosen by.
       validation_accuracy: of the chosen checkpoint, on images that the run did not learn from, and that are not of this
         part: what to choose a recipe by. None without validation.
-      probabilities: float64 [n, classes].
-      calibrated: float64 [n, classes], at the temperature that validation gave; None without one.
+      logits: float64 [n, classes].
+      temperature: that validation gave; None without one.
       hashes: of checkpoint, configuration and split.
     """
 
@@ -47,9 +48,14 @@ class Fold(typing.NamedTuple):
     examples: typing.Any
     num_seen: int
     validation_accuracy: float | None
-    probabilities: np.ndarray
-    calibrated: np.ndarray | None
+    logits: np.ndarray
+    temperature: float | None
     hashes: dict
+
+    @property
+    def probabilities(self):
+        """What the network answers, float64 [n, classes]."""
+        return special.softmax(self.logits, axis=1)
 
 
 def cross_validate(config, output, *, seeds=(0,), splits=('grouped',)):
@@ -132,8 +138,8 @@ def test_fold(workdir, images, pooled):
         examples=run.dataset.test,
         num_seen=len(images.examples) - len(run.dataset.test),
         validation_accuracy=validation_accuracy,
-        probabilities=special.softmax(logits, axis=1),
-        calibrated=None if temperature is None else special.softmax(logits / temperature, axis=1),
+        logits=logits,
+        temperature=temperature,
         hashes=evaluate.describe_run(run, 'test')['hashes'],
     )
 
@@ -148,17 +154,16 @@ def summarize(folds, class_names):
     Returns:
       A dictionary: `runs`, the `SCORES` of each fold; `mean`, `standard_deviation` and `interval` of each score over
       them; `images`, the scores of all images of a seed together, each by the run that did not see it, a dictionary by
-      seed.
+      seed, with their `temperature`, that of `fit_on_folds`.
     """
     runs = []
     for fold in folds:
-        found = scores.score_predictions(
-            fold.probabilities, fold.examples.labels, fold.examples.groups, class_names
-        ) | scores.score_calibration(fold.probabilities, fold.examples.labels)
+        found = scores.score_predictions(fold.probabilities, fold.examples.labels, fold.examples.groups, class_names)
+        others = [other for other in folds if other.seed == fold.seed and other.fold != fold.fold]
         found['validation_accuracy'] = fold.validation_accuracy
-        found['ece_calibrated'] = (
-            None if fold.calibrated is None else scores.score_calibration(fold.calibrated, fold.examples.labels)['ece']
-        )
+        found['ece'] = calibration_error([fold], [1.0])
+        found['ece_calibrated'] = calibration_error([fold], [fold.temperature])
+        found['ece_cross_calibrated'] = calibration_error([fold], [fit_on_folds(others)])
         runs.append(
             {'seed': fold.seed, 'fold': fold.fold, 'n': len(fold.examples), 'groups': found['groups']}
             | {name: found[name] for name in SCORES}
@@ -180,8 +185,36 @@ def summarize(folds, class_names):
                 *[(fold.probabilities, fold.examples.labels, fold.examples.groups) for fold in mine], strict=True
             )
         )
-        summary['images'][str(seed)] = scores.score_predictions(probabilities, labels, groups, class_names)
+        cross_temperatures = [fit_on_folds([other for other in mine if other is not fold]) for fold in mine]
+        summary['images'][str(seed)] = {
+            **scores.score_predictions(probabilities, labels, groups, class_names),
+            'ece': calibration_error(mine, [1.0] * len(mine)),
+            'ece_calibrated': calibration_error(mine, [fold.temperature for fold in mine]),
+            'ece_cross_calibrated': calibration_error(mine, cross_temperatures),
+            'temperature': fit_on_folds(mine),
+        }
     return summary
+
+
+def fit_on_folds(folds):
+    """Returns the temperature that suits the answers of several folds, each by the network that did not see its images.
+
+    A validation part has few groups, and its temperature scatters; all other folds together have many. Their networks
+    did learn from the fold that the temperature is then used on, but hand over one number only.
+    """
+    logits, labels = (
+        np.concatenate(parts) for parts in zip(*[(fold.logits, fold.examples.labels) for fold in folds], strict=True)
+    )
+    return scores.fit_temperature(logits, labels)
+
+
+def calibration_error(folds, temperatures):
+    """Returns the expected calibration error of folds together, each at its temperature; None where one has none."""
+    if None in temperatures:
+        return None
+    probabilities = [special.softmax(fold.logits / t, axis=1) for fold, t in zip(folds, temperatures, strict=True)]
+    labels = [fold.examples.labels for fold in folds]
+    return scores.score_calibration(np.concatenate(probabilities), np.concatenate(labels))['ece']
 
 
 def corrected_interval(values, ratio):
