@@ -20,8 +20,8 @@ TITLES = {
     'macro_f1': 'F1, macro',
     'roc_auc': 'ROC-AUC, macro',
     'ece': 'expected calibration error',
-    'ece_calibrated': 'the same, at the temperature of validation',
-    'ece_cross_calibrated': 'the same, at that of the other folds',
+    'ece_calibrated': 'ECE, temperature of validation',
+    'ece_cross_calibrated': 'ECE, temperature of other folds',
 }
 SCORES = tuple(TITLES)
 
