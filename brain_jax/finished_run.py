@@ -63,6 +63,7 @@ def load_run(workdir, data_dir=None, groups=None, *, images=None, pooled=None):
     workdir = pathlib.Path(workdir)
     run, summary = run_folder.read_finished_run(workdir)
     config = ml_collections.ConfigDict(run['config'])
+    run_folder.use_compilation_cache(config, workdir)
     config.data_dir = data_dir or config.data_dir
     config.groups = config.groups if groups is None else groups
     dataset = pipeline.split_images(images or train.load_images(config, workdir), config)

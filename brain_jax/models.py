@@ -99,7 +99,11 @@ class BatchNormRelu(nn.Module):
 
 
 class DenseLayer(nn.Module):
-    """BN-ReLU-1x1 convolution-BN-ReLU-3x3 convolution: `growth_rate` new channels from all earlier ones."""
+    """BN-ReLU-1x1 convolution-BN-ReLU-3x3 convolution: `growth_rate` new channels from all earlier ones.
+
+    It joins the earlier feature maps itself: what is recomputed for the gradients is then the joined map as well, and
+    only the new channels of each layer are kept. The joined maps grow with the square of the depth.
+    """
 
     growth_rate: int
     conv: Any
@@ -107,13 +111,51 @@ class DenseLayer(nn.Module):
     feature_map: Any
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, feature_maps):
+        x = concatenate(feature_maps)
         bottleneck = self.conv(
             4 * self.growth_rate, (1, 1), conv_general_dilated=convolutions.pointwise_convolution, name='1_conv'
         )
         grow = self.conv(self.growth_rate, (3, 3), conv_general_dilated=convolutions.convolution_3x3, name='2_conv')
         y = self.feature_map(bottleneck(self.norm(name='0_bn')(x)))
         return self.feature_map(grow(self.norm(name='1_bn')(y)))
+
+
+def recompute_for_gradients(layer, feature_maps):
+    """Applies a dense layer and keeps nothing of its inside: for the gradients it is computed again.
+
+    That is `flax.linen.remat`, but for this: there a barrier alone tells XLA that the second time is not the first. On
+    CPU XLA drops barriers, finds both equal, and keeps everything. Here the second time takes a zero from the gradients
+    that come in, so that it cannot begin before they are there.
+
+    Args:
+      layer: a `DenseLayer`.
+      feature_maps: list of `FeatureMap`.
+
+    Returns:
+      The new `FeatureMap`.
+    """
+    unbound = layer.clone(parent=None)
+
+    def forward(layer, feature_maps):
+        return layer(feature_maps), (layer.variables, feature_maps)
+
+    def backward(residuals, grad):
+        variables, feature_maps = residuals
+        # XLA does not see that this is 0; where the gradient is no number, nothing is worth saving.
+        zero = jnp.minimum(jnp.maximum(grad.value[0, 0, 0, 0], 0), 0)
+        last = feature_maps[-1]
+        feature_maps = [*feature_maps[:-1], last._replace(value=last.value + zero)]
+
+        def apply(params, feature_maps):
+            new, _ = unbound.apply({**variables, 'params': params}, feature_maps, mutable=['batch_stats'])
+            return new
+
+        _, pull_back = jax.vjp(apply, variables['params'], feature_maps)
+        params_grad, maps_grad = pull_back(grad)
+        return {'params': params_grad}, maps_grad
+
+    return nn.custom_vjp(DenseLayer.__call__, forward_fn=forward, backward_fn=backward)(layer, feature_maps)
 
 
 def average_pool(x):
@@ -172,6 +214,9 @@ class DenseNet(nn.Module):
       dtype: type of the computation; parameters, statistics and logits are float32.
       batch_norm: 'train' normalises with batch statistics while training, 'frozen' always with the running ones.
       momentum: of the running statistics.
+      remat: what is computed again for the gradients instead of kept: 'none'; 'dense_layers': the inside of every dense
+        layer; 'full': that of the stem and of transitions as well (but for CPU, where XLA finds them equal and keeps
+        them).
       head: what it sees, 'last': the means of the last map, as Keras' head does; 'wide': those of the last three
         stages, see `pool_widely`.
     """
@@ -182,6 +227,7 @@ class DenseNet(nn.Module):
     dtype: Any = jnp.float32
     batch_norm: str = 'train'
     momentum: float = 0.99
+    remat: str = 'none'
     head: str = 'last'
 
     @nn.compact
@@ -200,6 +246,8 @@ class DenseNet(nn.Module):
         """
         if self.batch_norm not in ('train', 'frozen'):
             raise ValueError(f"batch_norm is {self.batch_norm!r}: use 'train' or 'frozen'")
+        if self.remat not in ('none', 'dense_layers', 'full'):
+            raise ValueError(f"remat is {self.remat!r}: use 'none', 'dense_layers' or 'full'")
         if self.head not in ('last', 'wide'):
             raise ValueError(f"head is {self.head!r}: use 'last' or 'wide'")
         use_batch_moments = train and self.batch_norm == 'train'
@@ -209,24 +257,40 @@ class DenseNet(nn.Module):
         def feature_map(x):
             return FeatureMap(x, batch_moments(x) if use_batch_moments else None)
 
-        stem = conv(2 * self.growth_rate, (7, 7), conv_general_dilated=convolutions.stem_convolution, name='conv1_conv')
-        x = norm(name='conv1_bn')(feature_map(stem(images.astype(self.dtype))))
-        x = feature_map(convolutions.max_pool(x))
+        def stem(_, images):
+            convolve = conv(
+                2 * self.growth_rate, (7, 7), conv_general_dilated=convolutions.stem_convolution, name='conv1_conv'
+            )
+            x = norm(name='conv1_bn')(feature_map(convolve(images.astype(self.dtype))))
+            return feature_map(convolutions.max_pool(x))
+
+        def dense_layer(feature_maps, name):
+            layer = DenseLayer(self.growth_rate, conv, norm, feature_map, name=name)
+            return layer(feature_maps) if self.remat == 'none' else recompute_for_gradients(layer, feature_maps)
+
+        def transition(_, x, stage):
+            end = norm(name=f'pool{stage}_bn')(x)
+            y = average_pool(end)
+            squeeze = conv(
+                y.shape[-1] // 2,
+                (1, 1),
+                conv_general_dilated=convolutions.pointwise_convolution,
+                name=f'pool{stage}_conv',
+            )
+            return feature_map(squeeze(y)), end
+
+        if self.remat == 'full':
+            stem, transition = nn.remat(stem), nn.remat(transition, static_argnums=2)
+        x = stem(self, images)
         ends = []  # of the stages
         for stage, num_layers in enumerate(self.stage_sizes, start=2):
+            feature_maps = [x]
             for layer in range(1, num_layers + 1):
-                name = f'conv{stage}_block{layer}'
-                x = concatenate([x, DenseLayer(self.growth_rate, conv, norm, feature_map, name=name)(x)])
+                feature_maps.append(dense_layer(feature_maps, f'conv{stage}_block{layer}'))
+            x = concatenate(feature_maps)
             if stage < len(self.stage_sizes) + 1:
-                ends.append(norm(name=f'pool{stage}_bn')(x))
-                y = average_pool(ends[-1])
-                squeeze = conv(
-                    y.shape[-1] // 2,
-                    (1, 1),
-                    conv_general_dilated=convolutions.pointwise_convolution,
-                    name=f'pool{stage}_conv',
-                )
-                x = feature_map(squeeze(y))
+                x, end = transition(self, x, stage)
+                ends.append(end)
         features = norm(name='bn')(x)
         pooled = mean_map(features) if self.head == 'last' else pool_widely([*ends[-2:], features])
         logits = nn.Dense(self.num_classes, name='predictions')(pooled)

@@ -37,6 +37,23 @@ def describe_run(config, dataset, weights_sha256):
     }
 
 
+def use_compilation_cache(config, workdir):
+    """Keeps compiled programs on disk, so that the next run or evaluation of the same network starts at once.
+
+    A cache that is set already, as by the environment variable JAX_COMPILATION_CACHE_DIR, stays. A damaged one, or one
+    that cannot be written, costs no run: JAX warns, and compiles.
+
+    Args:
+      config: the run's configuration; `compilation_cache` is a folder, 'auto' for `compilation_cache` beside the
+        workdir, or '' for none.
+      workdir: pathlib.Path, the run's folder.
+    """
+    if config.compilation_cache and not jax.config.jax_compilation_cache_dir:
+        folder = config.compilation_cache
+        folder = workdir.resolve().parent / 'compilation_cache' if folder == 'auto' else folder
+        jax.config.update('jax_compilation_cache_dir', str(folder))
+
+
 def config_hash(config):
     """Returns the SHA-256 of the resolved configuration, as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()

@@ -57,6 +57,7 @@ def create_model(config, num_classes):
         ('dtype', ('float32', 'bfloat16')),
         ('batch_norm', ('train', 'frozen')),
         ('head', ('last', 'wide')),
+        ('remat', ('none', 'dense_layers', 'full')),
     ):
         if config[field] not in allowed:
             raise InputError(f'{field} is {config[field]!r}: use {" or ".join(allowed[:3])}')
@@ -65,6 +66,7 @@ def create_model(config, num_classes):
         dtype=jnp.dtype(config.dtype),
         batch_norm=config.batch_norm,
         momentum=config.batch_norm_momentum,
+        remat=config.remat,
         head=config.head,
     )
 
@@ -337,7 +339,7 @@ def train(
         dataset.train, batch_size=config.batch_size, seed=config.seed, start_step=start_step, num_steps=total_steps,
         process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
-    batches = pipeline.prefetch(batches, parallel.split_over_data(mesh))
+    batches = pipeline.Timed(pipeline.prefetch(batches, parallel.split_over_data(mesh)))
     bar = tqdm.tqdm(batches, 'Training', total_steps, initial=start_step, unit=' steps', disable=None)
     collected, last_health = None, None
     log_step, log_time = start_step, time.monotonic()
@@ -355,8 +357,12 @@ def train(
             hook(step)
         if is_due(step, config.log_every_steps, total_steps):
             values = {name: float(value) for name, value in collected.compute().items()}
-            speed = config.batch_size * (step - log_step) / (time.monotonic() - log_time)
-            values |= {'learning_rate': float(schedule(step - 1)), 'images_per_second': speed}
+            seconds = time.monotonic() - log_time
+            values |= {
+                'learning_rate': float(schedule(step - 1)),
+                'images_per_second': config.batch_size * (step - log_step) / seconds,
+                'waiting_share': batches.take_seconds() / seconds,
+            }
             writer.write_scalars(step, {f'train_{name}': value for name, value in values.items()})
             bar.set_postfix(loss=f'{values["loss"]:.3f}', accuracy=f'{values["accuracy"]:.3f}', refresh=False)
             collected, log_step, log_time = None, step, time.monotonic()
@@ -417,6 +423,7 @@ def train_and_evaluate(config, workdir, images=None):
     run_folder.check_config(config)
     parallel.check_batch_sizes(config, mesh)
     run_folder.check_workdir(config, workdir)
+    run_folder.use_compilation_cache(config, workdir)
     if (workdir / 'summary.json').exists():
         logging.info('%s is finished: its summary.json stands', workdir)
         return json.loads((workdir / 'summary.json').read_text())

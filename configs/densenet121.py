@@ -50,6 +50,7 @@ def get_config(mode='finetune'):
     config.model = 'DenseNet121'  # 'DenseNet121' | 'DenseNet169' | 'DenseNet201'
     config.head = 'last'  # sees the means of 'last': the last map | 'wide': three stages' maps, and of their middles
     config.dtype = 'float32'  # 'float32' | 'bfloat16' computation; parameters and statistics stay float32
+    config.remat = 'none'  # computed again instead of kept, to save memory: 'none' | 'dense_layers' | 'full'
     config.batch_norm = 'train'  # 'train': batch statistics | 'frozen': the running ones, never updated
     config.batch_norm_momentum = 0.97  # share of the old running statistics that a step keeps
     config.pretrained = 'imagenet'  # 'imagenet' | a .h5, .keras or .safetensors file | '' for random weights
@@ -95,6 +96,7 @@ def get_config(mode='finetune'):
     config.checkpoint_every_steps = 100
     config.eval_batch_size = 64
     config.average_flips = True  # evaluate an image and its mirror image (given augment.flip_horizontal), and average
+    config.compilation_cache = 'auto'  # folder of compiled programs; 'auto': beside the workdir; '': none
     config.profile = False  # write a profile of a few steps for TensorBoard
 
     if mode == 'frozen':

@@ -117,11 +117,19 @@ def text_book(variables, images):
         return train_outputs(TextBookDenseNet(4, jnp.float64), to_float64(flat), images.astype(np.float64))
 
 
-@pytest.mark.parametrize(('dtype', 'tolerance'), [('float32', 1e-4), ('float64', 1e-10)])
-def test_training_is_that_of_the_text_book(dtype, tolerance, variables, images, text_book):
+@pytest.mark.parametrize(
+    ('remat', 'dtype', 'tolerance'),
+    [
+        ('none', 'float32', 1e-4),
+        ('none', 'float64', 1e-10),
+        ('dense_layers', 'float64', 1e-10),
+        ('full', 'float64', 1e-10),
+    ],
+)
+def test_training_is_that_of_the_text_book(remat, dtype, tolerance, variables, images, text_book):
     with jax.enable_x64(dtype == 'float64'):
         cast = jax.tree.map(lambda leaf: leaf.astype(dtype), (variables, images))
-        outputs = train_outputs(make_tiny(dtype=jnp.dtype(dtype)), *cast)
+        outputs = train_outputs(make_tiny(dtype=jnp.dtype(dtype), remat=remat), *cast)
     assert {leaf.dtype for leaf in jax.tree.leaves(outputs)} == {np.dtype(dtype)}
     for name in ('grads', 'batch_stats'):
         outputs[name] = flat_names(outputs[name])
@@ -171,6 +179,29 @@ def test_bfloat16(variables, images, inference_logits):
     logits = jax.jit(lambda v: model.apply(v, images))(variables)
     assert logits.dtype == jnp.float32
     assert 0 < np.abs(logits - inference_logits).max() < 0.03 * np.abs(inference_logits).max()
+
+
+def test_remat_saves_memory():
+    images = jnp.zeros((4, 64, 64, 3))
+    size = {}
+    for remat in ('none', 'dense_layers', 'full'):
+        network = models.DenseNet((16, 1, 1, 1), growth_rate=16, num_classes=4, remat=remat)
+
+        def loss(params, batch_stats, network=network):
+            variables = {'params': params, 'batch_stats': batch_stats}
+            return network.apply(variables, images, train=True, mutable=['batch_stats'])[0].sum()
+
+        variables = jax.eval_shape(network.init, jax.random.key(0), images)
+        compiled = jax.jit(jax.grad(loss)).lower(variables['params'], variables['batch_stats']).compile()
+        size[remat] = compiled.memory_analysis().temp_size_in_bytes
+    # A joined map of every one of 16 layers is kept by the first alone.
+    assert size['dense_layers'] < 0.5 * size['none']
+    assert size['full'] <= size['dense_layers']
+
+
+def test_unknown_remat():
+    with pytest.raises(ValueError, match="remat is 'some': use 'none', 'dense_layers' or 'full'"):
+        jax.eval_shape(make_tiny(remat='some').init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
 
 
 def test_unknown_batch_norm():

@@ -118,6 +118,7 @@ def test_tensorboard_shows_the_run(finished):
     scalars, images = read_scalars(workdir)
     for name in ('loss', 'accuracy', 'gradient_norm', 'learning_rate', 'images_per_second'):
         assert [step for step, _ in scalars[f'train_{name}']] == [2, 4, 6]
+    assert all(0 <= share <= 1 for _, share in scalars['train_waiting_share'])
     assert [step for step, _ in scalars['validation_loss']] == [3, 6]
     assert scalars['test_accuracy'] == [(summary['best_step'], pytest.approx(summary['test']['accuracy']))]
     assert {'augmented', 'validation_confusion', 'test_confusion'} <= set(images)

@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import os
 import pathlib
+import time
 import typing
 from collections.abc import Sequence
 
@@ -403,6 +404,29 @@ def _local_size(batch_size, process_count):
     if batch_size < 1 or batch_size % process_count:
         raise InputError(f'a batch of {batch_size} images cannot be shared evenly by {process_count} processes')
     return batch_size // process_count
+
+
+class Timed:
+    """An iterator that knows how long it was waited for."""
+
+    def __init__(self, iterable):
+        self._iterator = iter(iterable)
+        self._seconds = 0.0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        start = time.monotonic()
+        try:
+            return next(self._iterator)
+        finally:
+            self._seconds += time.monotonic() - start
+
+    def take_seconds(self):
+        """Returns the seconds spent in `next` since this was last asked."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
 
 def prefetch(batches, sharding, size=2):
