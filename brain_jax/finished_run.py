@@ -79,9 +79,6 @@ def load_run(workdir, data_dir=None, groups=None, *, images=None, pooled=None):
     with checkpoints.open_checkpoints(workdir) as manager:
         state, _ = checkpoints.restore(manager, state, summary['best_step'])
 
-    def logits_step(variables, batch):
-        return train.evaluate_network(model, config, variables, batch['image']), batch['mask']
-
     return Run(
         workdir=workdir,
         run=run,
@@ -91,10 +88,19 @@ def load_run(workdir, data_dir=None, groups=None, *, images=None, pooled=None):
         model=model,
         state=state,
         mesh=mesh,
-        logits_step=jax.jit(logits_step, out_shardings=parallel.replicated(mesh)),
+        logits_step=make_logits_step(model, config, mesh),
         step=summary['best_step'],
         checkpoint_sha256=checkpoints.content_hash([state.eval_params, state.batch_stats]),
     )
+
+
+def make_logits_step(model, config, mesh):
+    """Returns the compiled function (variables, batch) -> logits float32 [batch, classes], mask bool [batch]."""
+
+    def logits_step(variables, batch):
+        return train.evaluate_network(model, config, variables, batch['image']), batch['mask']
+
+    return jax.jit(logits_step, out_shardings=parallel.replicated(mesh))
 
 
 def predict(run, split):
