@@ -71,27 +71,40 @@ def create_model(config, num_classes):
     )
 
 
+def init_variables(config, model):
+    """Returns random `params` and `batch_stats`."""
+    images = jnp.zeros((1, 32, 32, 3), jnp.float32)  # parameters do not depend on the size of the image
+    return jax.jit(model.init)(jax.random.key(config.seed), images)
+
+
 def create_train_state(config, model, mesh, *, total_steps, steps_per_epoch):
     """Creates the state of step 0, on all devices.
 
     Returns:
       The `TrainState`, the learning-rate schedule, and the SHA-256 of the weights file ('' for random weights).
     """
-    images = jnp.zeros((1, 32, 32, 3), jnp.float32)  # parameters do not depend on the size of the image
-    variables = jax.jit(model.init)(jax.random.key(config.seed), images)
+    variables = init_variables(config, model)
     weights_sha256 = ''
     if config.pretrained:
         variables, weights_sha256 = pretrained.load_pretrained(config.pretrained, variables)
-    params, batch_stats = variables['params'], variables['batch_stats']
+    state, schedule = make_train_state(
+        config, model, variables, total_steps=total_steps, steps_per_epoch=steps_per_epoch
+    )
+    return jax.device_put(state, parallel.replicated(mesh)), schedule, weights_sha256
+
+
+def make_train_state(config, model, variables, *, total_steps, steps_per_epoch):
+    """Returns the `TrainState` of step 0 with the given `params` and `batch_stats`, and the learning-rate schedule."""
+    params = variables['params']
     tx, schedule = optimizer.create_optimizer(config, params, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
     state = TrainState.create(
         apply_fn=model.apply,
         params=params,
         tx=tx,
-        batch_stats=batch_stats,
+        batch_stats=variables['batch_stats'],
         ema_params=jax.tree.map(jnp.copy, params) if config.ema_decay else None,
     )
-    return jax.device_put(state, parallel.replicated(mesh)), schedule, weights_sha256
+    return state, schedule
 
 
 def apply_network(model, variables, inputs, *, train):
