@@ -1,9 +1,11 @@
 """What compiled steps need and move: memory, arithmetic, traffic, collectives. The chips need not be there.
 
-The compiler for TPUs runs on any machine. So the training and the evaluation step of a configuration are compiled here
-for chips that only have a name, with shapes in the place of arrays, and XLA's own account of the program is read.
+The compilers for TPUs and for NVIDIA GPUs run on any machine. So the training and the evaluation step of a
+configuration are compiled here for chips that only have a name, with shapes in the place of arrays, and XLA's own
+account of the program is read.
 
-All figures are those of the program of one chip, for the images that this chip gets of a step.
+All figures are those of the program of one chip, for the images that this chip gets of a step. XLA does not tell the
+arithmetic and the traffic of a program for GPUs.
 """
 
 import functools
@@ -34,39 +36,63 @@ class Chip(NamedTuple):
     arithmetic: float
 
 
-# The system-architecture pages of Cloud TPU, by the first part of a topology's name.
+# By the first part of a topology's name: the system-architecture pages of Cloud TPU, the data sheet of the H100 SXM.
 CHIPS = {
     'v4': Chip(memory=32e9, bandwidth=1228e9, arithmetic=275e12),
     'v5e': Chip(memory=16e9, bandwidth=819e9, arithmetic=197e12),
     'v5p': Chip(memory=95e9, bandwidth=2765e9, arithmetic=459e12),
     'v6e': Chip(memory=32e9, bandwidth=1638e9, arithmetic=918e12),
+    'h100': Chip(memory=80e9, bandwidth=3350e9, arithmetic=989e12),
+}
+
+# What XLA asks a GPU for when there is one.
+GPU_TARGETS = {
+    'h100': """
+        gpu_device_info {
+          cuda_compute_capability { major: 9 }
+          core_count: 132  fpus_per_core: 128  clock_rate_ghz: 1.98
+          threads_per_warp: 32  threads_per_block_limit: 1024  threads_per_core_limit: 2048
+          block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+          registers_per_core_limit: 65536  registers_per_block_limit: 65536
+          shared_memory_per_core: 233472  shared_memory_per_block: 49152  shared_memory_per_block_optin: 232448
+          device_memory_size: 85000000000  memory_bandwidth: 3350000000000  l2_cache_size: 52428800
+        }
+        platform_name: "CUDA"
+        dnn_version_info { major: 9 minor: 8 }
+        device_description_str: "NVIDIA H100 80GB HBM3"
+    """,
 }
 
 
 def open_mesh(topology):
-    """Returns a mesh over the chips of a TPU topology, without any of them.
+    """Returns a mesh over the chips of a topology, without any of them.
 
     Args:
-      topology: kind and shape, such as 'v5e:2x4'.
+      topology: kind and shape of a TPU slice, such as 'v5e:2x4', or kind and number of GPUs, such as 'h100:8'.
 
     Raises:
-      InputError: where libtpu is not installed or does not know the topology.
+      InputError: where the compiler is not installed or does not know the topology.
     """
-    if topology.partition(':')[0] not in CHIPS:
-        raise InputError(f'topology is {topology!r}: use a shape of {", ".join(CHIPS)}, such as v5e:2x4')
+    kind, _, shape = topology.partition(':')
+    if kind not in CHIPS or not shape:
+        raise InputError(f'topology is {topology!r}: use {", ".join(CHIPS)} and a shape, such as v5e:2x4 or h100:8')
+    package, install = 'libtpu', '-r requirements-tpu.txt'
+    arguments = {'platform': 'tpu', 'topology_name': topology}
+    if kind in GPU_TARGETS:
+        package, install = 'jax-cuda13-plugin', '"jax[cuda13]==0.10.2"'
+        arguments = {'platform': 'cuda', 'topology': f'1x1x{shape}', 'target_config': GPU_TARGETS[kind]}
     try:
-        importlib.metadata.version('libtpu')
+        importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        raise InputError('libtpu is not installed: pip install -r requirements-tpu.txt') from None
+        raise InputError(f'{package} is not installed: pip install {install}') from None
     os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'  # several may compile at a time: there is no TPU to share
     os.environ['TPU_SKIP_MDS_QUERY'] = '1'  # else libtpu asks the network what machine this is
     os.environ['TPU_WORKER_HOSTNAMES'] = 'localhost'  # else it complains that there is no host with a TPU
     try:
-        description = topologies.get_topology_desc(platform='tpu', topology_name=topology)
+        devices = topologies.get_topology_desc(**arguments).devices
     except Exception as error:  # XLA's, of several types
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f'libtpu has no topology {topology!r}: {reason}') from error
-    return topologies.make_mesh(description, (len(description.devices),), ('data',))
+        raise InputError(f'there is no topology {topology!r}: {str(error).strip().splitlines()[0]}') from error
+    return jax.sharding.Mesh(np.array(devices), ('data',))
 
 
 def lower_steps(config, mesh):
@@ -169,9 +195,9 @@ def describe(compiled, images):
 
     Returns:
       A dictionary: bytes of memory (of `temporary` those of the largest moment), `flops` and `bytes_accessed` as XLA
-      estimates them, these also per image, and `collectives` of `count_collectives`.
+      estimates them or None, these also per image, and `collectives` of `count_collectives`.
     """
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     figures = {
         'images': images,
         'argument_bytes': memory.argument_size_in_bytes,
@@ -179,10 +205,13 @@ def describe(compiled, images):
         'alias_bytes': memory.alias_size_in_bytes,  # of outputs in the memory of arguments
         'program_bytes': memory.generated_code_size_in_bytes,
         'temporary_bytes': memory.temp_size_in_bytes,
-        'flops': cost['flops'],
-        'bytes_accessed': cost['bytes accessed'],
+        'flops': cost.get('flops'),
+        'bytes_accessed': cost.get('bytes accessed'),
     }
-    per_image = {f'{name}_per_image': figures[name] / images for name in ('temporary_bytes', 'flops', 'bytes_accessed')}
+    per_image = {
+        f'{name}_per_image': None if figures[name] is None else figures[name] / images
+        for name in ('temporary_bytes', 'flops', 'bytes_accessed')
+    }
     return figures | per_image | {'collectives': count_collectives(compiled.as_text())}
 
 
@@ -209,8 +238,11 @@ def estimate_largest_batch(chip, figures, other=None):
 def bound_speed(chip, figures):
     """Returns the images/s a chip that no run can exceed: by its memory's bandwidth and by its arithmetic.
 
-    The former takes every byte that XLA counts to cross the memory's bus; the bound of both is the smaller.
+    The former takes every byte that XLA counts to cross the memory's bus; the bound of both is the smaller. None where
+    XLA counts nothing.
     """
+    if figures['flops'] is None:
+        return {'traffic': None, 'arithmetic': None}
     return {
         'traffic': figures['images'] * chip.bandwidth / figures['bytes_accessed'],
         'arithmetic': figures['images'] * chip.arithmetic / figures['flops'],
@@ -218,11 +250,11 @@ def bound_speed(chip, figures):
 
 
 def compile_for(config, topology, batch_per_chip, second_batch_per_chip=None):
-    """Compiles the steps of a run for a TPU topology and describes them.
+    """Compiles the steps of a run for chips that are not there and describes them.
 
     Args:
       config: the run's configuration; its batch sizes are replaced.
-      topology: such as 'v5e:2x4'.
+      topology: such as 'v5e:2x4', see `open_mesh`.
       batch_per_chip: images of a step on each chip.
       second_batch_per_chip: another number, to tell by how much the temporaries grow with an image; None: not compiled.
 
@@ -247,7 +279,8 @@ def compile_for(config, topology, batch_per_chip, second_batch_per_chip=None):
         'batch_per_chip': batch_per_chip,
         'second_batch_per_chip': second_batch_per_chip,
         'config': config.to_dict(),
-        'versions': {package: importlib.metadata.version(package) for package in ('jax', 'jaxlib', 'libtpu', 'flax')},
+        'compiler': mesh.devices.flat[0].client.platform_version,
+        'versions': {package: importlib.metadata.version(package) for package in ('jax', 'jaxlib', 'flax')},
         'programs': programs,
     }
 
@@ -276,20 +309,25 @@ def format_table(report):
         return f'{entry["count"]} ({entry["bytes"] / 1e6:.2f} MB)'
 
     rows = {
-        'temporaries, MB an image': lambda f: f'{f["temporary_bytes_per_image"] / 1e6:.1f}',
-        'temporaries, MB': lambda f: f'{f["temporary_bytes"] / 1e6:,.1f}',
-        'arguments, MB': lambda f: f'{f["argument_bytes"] / 1e6:,.1f}',
-        'memory traffic, MB an image': lambda f: f'{f["bytes_accessed_per_image"] / 1e6:.1f}',
-        'memory traffic, GB': lambda f: f'{f["bytes_accessed"] / 1e9:,.2f}',
-        'GFLOP an image': lambda f: f'{f["flops_per_image"] / 1e9:.2f}',
-        'TFLOP': lambda f: f'{f["flops"] / 1e12:,.3f}',
+        'temporaries, MB an image': lambda f: _number(f['temporary_bytes_per_image'], 1e6, 1),
+        'temporaries, MB': lambda f: _number(f['temporary_bytes'], 1e6, 1),
+        'arguments, MB': lambda f: _number(f['argument_bytes'], 1e6, 1),
+        'memory traffic, MB an image': lambda f: _number(f['bytes_accessed_per_image'], 1e6, 1),
+        'memory traffic, GB': lambda f: _number(f['bytes_accessed'], 1e9, 2),
+        'GFLOP an image': lambda f: _number(f['flops_per_image'], 1e9, 2),
+        'TFLOP': lambda f: _number(f['flops'], 1e12, 3),
         **{kind: functools.partial(collective, kind=kind) for kind in kinds},
-        f'largest batch, estimated from {estimate}': lambda f: f'{f["largest_batch_estimate"] or "unknown"}',
-        'bound by traffic, images/s': lambda f: f'{f["bound_images_per_second"]["traffic"]:,.0f}',
-        'bound by arithmetic, images/s': lambda f: f'{f["bound_images_per_second"]["arithmetic"]:,.0f}',
-        'compiled in, s': lambda f: f'{f["compile_seconds"]:.0f}',
+        f'largest batch, estimated from {estimate}': lambda f: _number(f['largest_batch_estimate']),
+        'bound by traffic, images/s': lambda f: _number(f['bound_images_per_second']['traffic']),
+        'bound by arithmetic, images/s': lambda f: _number(f['bound_images_per_second']['arithmetic']),
+        'compiled in, s': lambda f: _number(f['compile_seconds']),
     }
     title = f'each of {report["chips"]} {report["chip"]}, {report["batch_per_chip"]} images'
     lines = [[title, *programs], ['---'] * (1 + len(programs))]
     lines += [[name, *map(value, programs.values())] for name, value in rows.items()]
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines) + '\n'
+
+
+def _number(value, unit=1, digits=0):
+    """Returns a number for the table, in units of `unit`."""
+    return 'not told' if value is None else f'{value / unit:,.{digits}f}'

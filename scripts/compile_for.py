@@ -1,10 +1,10 @@
-"""Compiles the training and the evaluation step for TPU chips that are not there, and tells what they need and move.
+"""Compiles the training and the evaluation step for chips that are not there, and tells what they need and move.
 
     python scripts/compile_for.py --config configs/densenet121.py --topology v5e:2x4 --batch_per_chip 128 \
         --output compiled --config.dtype=bfloat16
 
-Needs libtpu (`pip install -r requirements-tpu.txt`) and no TPU. Writes compile_for.json and compile_for.md. See
-`brain_jax/compiled.py`.
+Needs libtpu (`pip install -r requirements-tpu.txt`) and no TPU; for `--topology h100:8` jax[cuda13] and no GPU. Writes
+compile_for.json and compile_for.md. See `brain_jax/compiled.py`.
 """
 
 import json
@@ -12,13 +12,13 @@ import os
 import pathlib
 import sys
 
-os.environ['JAX_PLATFORMS'] = 'cpu'  # else JAX looks for the TPU whose library is installed
+os.environ['JAX_PLATFORMS'] = 'cpu'  # else JAX looks for the chip whose compiler is installed
 
 from absl import app, flags, logging
 
 from brain_jax import InputError, compiled, files, main, run_folder  # main has the flag config
 
-_TOPOLOGY = flags.DEFINE_string('topology', 'v5e:2x4', 'Kind and shape of the TPU slice.')
+_TOPOLOGY = flags.DEFINE_string('topology', 'v5e:2x4', 'A TPU slice, kind and shape, or GPUs, kind and number: h100:8.')
 _BATCH = flags.DEFINE_integer('batch_per_chip', 128, 'Images of a step on each chip.', lower_bound=1)
 _SECOND_BATCH = flags.DEFINE_integer(
     'second_batch_per_chip',

@@ -78,6 +78,7 @@ def test_bounds_and_largest_batch():
     figures = {'images': 10, 'argument_bytes': 100, 'output_bytes': 90, 'alias_bytes': 80, 'program_bytes': 40}
     figures |= {'temporary_bytes': 200, 'temporary_bytes_per_image': 20.0, 'bytes_accessed': 100.0, 'flops': 400.0}
     assert compiled.bound_speed(chip, figures) == {'traffic': 5.0, 'arithmetic': 0.5}
+    assert compiled.bound_speed(chip, figures | {'flops': None}) == {'traffic': None, 'arithmetic': None}
     assert compiled.estimate_largest_batch(chip, figures) == 42  # (1000 - 150) / 20 = 42.5
     # 15 bytes an image and 50 whatever the number: (1000 - 150 - 50) / 15 = 53.3
     other = figures | {'images': 20, 'temporary_bytes': 350}
@@ -86,8 +87,9 @@ def test_bounds_and_largest_batch():
 
 
 def test_unknown_topology():
-    with pytest.raises(InputError, match="topology is 'v9:2x4': use a shape of v4, v5e"):
-        compiled.open_mesh('v9:2x4')
+    for topology in ('v9:2x4', 'v5e'):
+        with pytest.raises(InputError, match=f"topology is '{topology}': use v4, v5e.* such as v5e:2x4"):
+            compiled.open_mesh(topology)
 
 
 def run_script(*flags):
