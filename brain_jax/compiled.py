@@ -76,15 +76,14 @@ def open_mesh(topology):
     kind, _, shape = topology.partition(':')
     if kind not in CHIPS or not shape:
         raise InputError(f'topology is {topology!r}: use {", ".join(CHIPS)} and a shape, such as v5e:2x4 or h100:8')
-    package, install = 'libtpu', '-r requirements-tpu.txt'
     arguments = {'platform': 'tpu', 'topology_name': topology}
     if kind in GPU_TARGETS:
-        package, install = 'jax-cuda13-plugin', '"jax[cuda13]==0.10.2"'
         arguments = {'platform': 'cuda', 'topology': f'1x1x{shape}', 'target_config': GPU_TARGETS[kind]}
     try:
-        importlib.metadata.version(package)
+        importlib.metadata.version(_compiler(topology))
     except importlib.metadata.PackageNotFoundError:
-        raise InputError(f'{package} is not installed: pip install {install}') from None
+        install = '"jax[cuda13]==0.10.2"' if kind in GPU_TARGETS else '-r requirements-tpu.txt'
+        raise InputError(f'{_compiler(topology)} is not installed: pip install {install}') from None
     os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'  # several may compile at a time: there is no TPU to share
     os.environ['TPU_SKIP_MDS_QUERY'] = '1'  # else libtpu asks the network what machine this is
     os.environ['TPU_WORKER_HOSTNAMES'] = 'localhost'  # else it complains that there is no host with a TPU
@@ -93,6 +92,11 @@ def open_mesh(topology):
     except Exception as error:  # XLA's, of several types
         raise InputError(f'there is no topology {topology!r}: {str(error).strip().splitlines()[0]}') from error
     return jax.sharding.Mesh(np.array(devices), ('data',))
+
+
+def _compiler(topology):
+    """Returns the name of the package that compiles for a topology."""
+    return 'jax-cuda13-plugin' if topology.partition(':')[0] in GPU_TARGETS else 'libtpu'
 
 
 def lower_steps(config, mesh):
@@ -279,8 +283,7 @@ def compile_for(config, topology, batch_per_chip, second_batch_per_chip=None):
         'batch_per_chip': batch_per_chip,
         'second_batch_per_chip': second_batch_per_chip,
         'config': config.to_dict(),
-        'compiler': mesh.devices.flat[0].client.platform_version,
-        'versions': {package: importlib.metadata.version(package) for package in ('jax', 'jaxlib', 'flax')},
+        'versions': {name: importlib.metadata.version(name) for name in ('jax', 'jaxlib', 'flax', _compiler(topology))},
         'programs': programs,
     }
 
