@@ -134,6 +134,17 @@ def test_geometry_is_that_of_scipy():
     np.testing.assert_allclose(matrix.T @ matrix, abs(np.linalg.det(matrix)) * np.eye(2), atol=1e-6)
 
 
+def test_products_interpolate_as_scipy_does():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (24, 31)).astype(np.float32)
+    rows, columns = rng.uniform(-3, 26, (40, 50)).astype(np.float32), rng.uniform(-3, 33, (40, 50)).astype(np.float32)
+    rows[0], columns[0] = np.arange(-2, 48) / 2, np.arange(-2, 48) / 2  # on the pixels, on the edge, just outside
+    expected = scipy.ndimage.map_coordinates(np.pad(image, 4), [rows + 4, columns + 4], order=1)
+    products = augment._interpolate_by_products(image, rows, columns)  # what a TPU computes
+    np.testing.assert_allclose(products, expected, atol=1e-3)
+    np.testing.assert_allclose(augment.interpolate(image, rows, columns), expected, atol=1e-3)
+
+
 def test_values_stay_in_range():
     results = draw(NOISE[0], brightness=0.9, contrast=0.9, rotation=15.0)
     assert results.dtype == np.float32
