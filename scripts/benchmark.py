@@ -23,7 +23,7 @@ _IMAGE_SIZE = flags.DEFINE_integer('image_size', 224, 'Pixels a side.', lower_bo
 _BATCH_SIZE = flags.DEFINE_integer('batch_size', 16, 'Images a step.', lower_bound=1)
 _ROUNDS = flags.DEFINE_integer('rounds', 5, 'How often each speed is measured.', lower_bound=1)
 _SECONDS = flags.DEFINE_float('seconds', 3.0, 'How long, each time; at least one step.', lower_bound=0)
-_DATA_DIR = flags.DEFINE_string('data_dir', None, 'Images for the task pipeline. Default: generated ones.')
+_DATA_DIR = flags.DEFINE_string('data_dir', None, 'Images for pipeline and search. Default: generated ones.')
 
 
 def parse_flags(argv):

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import pathlib
 import runpy
+import shutil
 import statistics
 import subprocess
 import sys
@@ -126,6 +127,16 @@ def test_one_of_brain_jax(settings, task):
         assert isinstance(next(replies)['collectives'], dict)
         assert next(replies)['images_per_second'] > 0
     assert next(replies, None) is None
+
+
+def test_search_finds_copies(settings, tmp_path):
+    pytest.importorskip('faiss')
+    phantom.make_phantom(tmp_path, train_per_class=4, test_per_class=2, image_size=32)
+    for picture in (tmp_path / 'Testing/glioma').iterdir():
+        shutil.copy(picture, tmp_path / 'Training/glioma' / f'copy_{picture.name}')
+    config = settings['config'] | {'data_dir': str(tmp_path)}
+    (found,) = worker.run('search', 'brain_jax', ml_collections.ConfigDict(settings | {'config': config}), [])
+    assert found == {'near pairs': 1, 'images with a copy': 1}
 
 
 def test_resident_growth():

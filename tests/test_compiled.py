@@ -56,6 +56,35 @@ def test_collectives_of_a_known_program():
     assert 'all-to-all' not in found
 
 
+TRAINING_STEP = """
+import json
+import runpy
+from brain_jax import compiled, parallel
+
+config = runpy.run_path('configs/densenet121.py')['get_config']()
+config.update(model='_DenseNetTiny', image_size=32, batch_size=16, eval_batch_size=16)
+steps = compiled.lower_steps(config, parallel.make_mesh())
+print(json.dumps(compiled.count_collectives(steps['train_step'].compile().as_text())))
+"""
+
+
+def test_devices_exchange_statistics_and_gradients_alone():
+    environment = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=8', 'PYTHONPATH': str(REPOSITORY)}
+    process = subprocess.run(
+        [sys.executable, '-c', TRAINING_STEP],
+        env=environment | {'JAX_PLATFORMS': 'cpu'},
+        cwd=REPOSITORY,
+        check=True,
+        capture_output=True,
+    )
+    found = json.loads(process.stdout)
+    assert found.keys() == {'all-reduce'}
+    # Feature maps: of the stem, its pool, two of each of 5 dense layers, of 3 transitions. Each has moments to reduce
+    # on the way there and their gradients on the way back; then there are the gradients of the parameters.
+    feature_maps = 1 + 1 + 2 * 5 + 3
+    assert found['all-reduce']['count'] <= 2 * feature_maps + 4
+
+
 def test_started_and_awaited_is_one():
     text = """
       %s = (f32[8]{0:T(128)}, bf16[2,3]{1,0:T(8,128)(2,1)S(1)}) all-reduce-start(%a, %b), to_apply=%add

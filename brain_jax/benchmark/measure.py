@@ -20,8 +20,8 @@ from absl import logging
 from brain_jax import InputError, models
 from brain_jax.benchmark import contenders
 
-TASKS = ('inference', 'train', 'compile', 'memory', 'pipeline')
-REMAT = ('none', 'dense_layers', 'full')  # what config.remat may be, where there is such a field
+TASKS = ('inference', 'train', 'compile', 'memory', 'pipeline', 'search')
+REMAT = ('dense_layers', 'full')  # what config.remat may be, beside 'none'
 _VERSIONS = (
     'jax', 'jaxlib', 'flax', 'numpy', 'keras', 'tensorflow', 'tensorflow-cpu', 'torch', 'torchvision', 'onnx',
     'onnxruntime', 'openvino',
@@ -190,10 +190,21 @@ class Benchmark:
         except ContenderError as error:
             self._leave_out(task, name or contender, str(error))
 
+    def _remat_variants(self):
+        """Returns {name: settings} of brain_jax when it computes again for the gradients instead of keeping."""
+        return {
+            f'brain_jax_{remat}': self.settings | {'config': self.settings['config'] | {'remat': remat}}
+            for remat in REMAT
+            if 'brain_jax' in self._names
+        }
+
     def measure_speed(self, task):
         """Measures 'inference' or 'train': images a second of all contenders."""
         with contextlib.ExitStack() as stack:
             workers = {name: self._start(stack, task, name) for name in self._choose(task)}
+            if task == 'train':
+                for name, settings in self._remat_variants().items():
+                    workers[name] = self._start(stack, task, 'brain_jax', name, settings)
             measured = self._measure_in_turns(task, {name: worker for name, worker in workers.items() if worker})
         self._add_rows(task, 'img/s', measured)
 
@@ -217,11 +228,7 @@ class Benchmark:
 
     def measure_memory(self):
         """Measures the bytes that a training step needs beside parameters and batch, an image."""
-        variants = {'brain_jax': self.settings}
-        if 'remat' in self.settings['config']:
-            for remat in REMAT:
-                config = self.settings['config'] | {'remat': remat}
-                variants[f'brain_jax_{remat}'] = self.settings | {'config': config}
+        variants = {'brain_jax': self.settings, **self._remat_variants()}
         variants |= dict.fromkeys(self._choose('train', 'torch'), self.settings)
         temporary, resident = {}, {}
         for name, settings in variants.items():
@@ -253,6 +260,19 @@ class Benchmark:
         for which in ('first', 'second'):
             name = f'{which} start, {worker.ready["images"]} images'
             self._add_rows('pipeline', 's', {name: [worker.ready[f'{which}_seconds']]})
+
+    def measure_search(self):
+        """Measures which share of the copies that the exact search finds the approximate one finds, too."""
+        if importlib.util.find_spec('faiss') is None:
+            self._leave_out('search', 'faiss', 'faiss not installed; see requirements-benchmark.txt')
+            return
+        with contextlib.ExitStack() as stack:
+            if worker := self._start(stack, 'search', 'brain_jax'):
+                for name, share in worker.ready.items():
+                    if share is None:
+                        self._leave_out('search', 'faiss', f'there are no {name} to find')
+                    else:
+                        self._add_rows('search', f'% of {name} found', {'faiss': [100 * share]}, reference=None)
 
     def measure_devices(self, counts):
         """Measures the training step on virtual devices, and what they exchange."""

@@ -7,6 +7,7 @@ seconds. It ends when its input does.
 """
 
 import json
+import math
 import os
 import pathlib
 import sys
@@ -95,21 +96,40 @@ def measure_memory(make_step, settings):
     }
 
 
+def choose_data(config, folder):
+    """Sets `data_dir` to generated images where there is none, and `prepared_dir`; both are made in a folder."""
+    from brain_jax.data import phantom
+
+    if not config.data_dir:
+        config.data_dir = os.path.join(folder, 'phantom')
+        phantom.make_phantom(
+            config.data_dir,
+            train_per_class=PHANTOM_IMAGES // contenders.NUM_CLASSES,
+            test_per_class=PHANTOM_IMAGES // contenders.NUM_CLASSES // 10,
+            image_size=config.image_size,
+        )
+    config.prepared_dir = os.path.join(folder, 'prepared')
+
+
+def run_search(settings):
+    """Yields the shares of near pairs, and of images that have one, that the approximate search finds."""
+    from brain_jax.data import leakage, pipeline
+
+    with tempfile.TemporaryDirectory() as folder:
+        choose_data(settings.config, folder)
+        thumbnails = leakage.thumbnails(pipeline.load_images(settings.config).examples.images)
+    shares = leakage.measure_recall(thumbnails)
+    names = ('near pairs', 'images with a copy')
+    yield {name: None if math.isnan(share) else share for name, share in zip(names, shares, strict=True)}
+
+
 def run_pipeline(settings, requests):
     """Yields how long the data take to prepare and to load again, and then the speed of the training batches."""
-    from brain_jax.data import phantom, pipeline
+    from brain_jax.data import pipeline
 
     config = settings.config
     with tempfile.TemporaryDirectory() as folder:
-        if not config.data_dir:
-            config.data_dir = os.path.join(folder, 'phantom')
-            phantom.make_phantom(
-                config.data_dir,
-                train_per_class=PHANTOM_IMAGES // contenders.NUM_CLASSES,
-                test_per_class=PHANTOM_IMAGES // contenders.NUM_CLASSES // 10,
-                image_size=config.image_size,
-            )
-        config.prepared_dir = os.path.join(folder, 'prepared')
+        choose_data(config, folder)
         _, first = timed(pipeline.load_images, config)
         images, second = timed(pipeline.load_images, config)
         batches = pipeline.train_batches(
@@ -127,7 +147,7 @@ def run(task, contender, settings, requests):
     """Returns an iterator over the replies of a contender.
 
     Args:
-      task: 'inference', 'train', 'devices', 'memory' or 'pipeline'.
+      task: 'inference', 'train', 'devices', 'memory', 'pipeline' or 'search'.
       contender: a name of `contenders.STEPS`.
       settings: `ConfigDict` of config, stage_sizes, growth_rate and cores.
       requests: lines of JSON.
@@ -135,6 +155,8 @@ def run(task, contender, settings, requests):
     Returns:
       An iterator over dictionaries.
     """
+    if task == 'search':
+        return run_search(settings)
     if task == 'pipeline':
         return run_pipeline(settings, requests)
     if task == 'devices':
