@@ -17,7 +17,7 @@ from sklearn import metrics as sklearn_metrics
 from tensorboard.backend.event_processing import event_accumulator
 from tensorboard.util import tensor_util
 
-from brain_jax import InputError, checkpoints, models, parallel, train
+from brain_jax import InputError, checkpoints, models, parallel, run_folder, train
 from brain_jax.data import phantom, pipeline
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -363,6 +363,22 @@ def test_workdir_of_another_configuration(finished):
     other.learning_rate, other.augment.zoom = 0.5, 0.0
     with pytest.raises(InputError, match=r'augment.zoom: 0.1 there, 0.0 now; learning_rate: 0.0003 there, 0.5 now'):
         train.train_and_evaluate(other, workdir)
+
+
+@pytest.mark.parametrize(
+    ('field', 'earlier', 'expected'),
+    [('auto', None, 'runs/compilation_cache'), ('', None, None), ('own', None, 'own'), ('auto', 'set', 'set')],
+)
+def test_where_compiled_programs_are_kept(field, earlier, expected, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update('jax_compilation_cache_dir', earlier)
+        run_folder.use_compilation_cache(make_config(data, compilation_cache=field), pathlib.Path('runs/first'))
+        found = jax.config.jax_compilation_cache_dir
+    finally:
+        jax.config.update('jax_compilation_cache_dir', before)
+    assert found == (str(tmp_path / expected) if field == 'auto' and not earlier else expected)
 
 
 def test_workdir_of_other_data(finished, data, tmp_path):
