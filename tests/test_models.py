@@ -195,8 +195,7 @@ def test_remat_saves_memory():
         compiled = jax.jit(jax.grad(loss)).lower(variables['params'], variables['batch_stats']).compile()
         size[remat] = compiled.memory_analysis().temp_size_in_bytes
     # A joined map of every one of 16 layers is kept by the first alone.
-    assert size['dense_layers'] < 0.5 * size['none']
-    assert size['full'] <= size['dense_layers']
+    assert max(size['dense_layers'], size['full']) < 0.5 * size['none']
 
 
 def test_unknown_remat():
