@@ -63,7 +63,14 @@ def load_run(workdir, data_dir=None, groups=None, *, images=None, pooled=None):
     workdir = pathlib.Path(workdir)
     run, summary = run_folder.read_finished_run(workdir)
     config = ml_collections.ConfigDict(run['config'])
-    run_folder.use_compilation_cache(config, workdir)
+    try:
+        run_folder.use_compilation_cache(config, workdir)
+        model = train.create_model(config, len(run['class_names']))
+    except (AttributeError, KeyError) as error:  # of ml_collections: the field, in quotes
+        field = str(error).strip('"\'')
+        raise InputError(
+            f'the run in {workdir} is of another version of brain_jax: its configuration lacks {field}'
+        ) from None
     config.data_dir = data_dir or config.data_dir
     config.groups = config.groups if groups is None else groups
     dataset = pipeline.split_images(images or train.load_images(config, workdir), config)
@@ -74,7 +81,6 @@ def load_run(workdir, data_dir=None, groups=None, *, images=None, pooled=None):
         )
     config.pretrained = ''  # the checkpoint has all weights
     mesh = parallel.make_mesh()
-    model = train.create_model(config, len(dataset.class_names))
     state, _, _ = train.create_train_state(config, model, mesh, total_steps=1, steps_per_epoch=1.0)
     with checkpoints.open_checkpoints(workdir) as manager:
         state, _ = checkpoints.restore(manager, state, summary['best_step'])

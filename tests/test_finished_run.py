@@ -1,5 +1,6 @@
 """Tests of brain_jax.finished_run."""
 
+import json
 import pathlib
 import runpy
 import shutil
@@ -59,6 +60,13 @@ def test_folders_that_cannot_be_loaded(finished, tmp_path):
     shutil.copy(workdir / 'run.json', tmp_path)
     with pytest.raises(InputError, match='is not finished'):
         finished_run.load_run(tmp_path)
+    (tmp_path / 'old').mkdir()
+    shutil.copy(workdir / 'summary.json', tmp_path / 'old')
+    told = json.loads((workdir / 'run.json').read_text())
+    del told['config']['remat']
+    (tmp_path / 'old/run.json').write_text(json.dumps(told))
+    with pytest.raises(InputError, match='is of another version of brain_jax: its configuration lacks remat'):
+        finished_run.load_run(tmp_path / 'old')
     phantom.make_phantom(tmp_path / 'other', train_per_class=4, test_per_class=2, image_size=32)
     for folder in (tmp_path / 'other').glob('*/glioma'):
         folder.rename(folder.with_name('abscess'))
