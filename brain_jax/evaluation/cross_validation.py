@@ -156,14 +156,15 @@ def summarize(folds, class_names):
       them; `images`, the scores of all images of a seed together, each by the run that did not see it, a dictionary by
       seed, with their `temperature`, that of `fit_on_folds`.
     """
-    runs = []
+    runs, temperatures = [], {}
     for fold in folds:
         found = scores.score_predictions(fold.probabilities, fold.examples.labels, fold.examples.groups, class_names)
         others = [other for other in folds if other.seed == fold.seed and other.fold != fold.fold]
         found['validation_accuracy'] = fold.validation_accuracy
         found['ece'] = calibration_error([fold], [1.0])
         found['ece_calibrated'] = calibration_error([fold], [fold.temperature])
-        found['ece_cross_calibrated'] = calibration_error([fold], [fit_on_folds(others)])
+        temperatures[fold.seed, fold.fold] = fit_on_folds(others)
+        found['ece_cross_calibrated'] = calibration_error([fold], [temperatures[fold.seed, fold.fold]])
         runs.append(
             {'seed': fold.seed, 'fold': fold.fold, 'n': len(fold.examples), 'groups': found['groups']}
             | {name: found[name] for name in SCORES}
@@ -185,12 +186,11 @@ def summarize(folds, class_names):
                 *[(fold.probabilities, fold.examples.labels, fold.examples.groups) for fold in mine], strict=True
             )
         )
-        cross_temperatures = [fit_on_folds([other for other in mine if other is not fold]) for fold in mine]
         summary['images'][str(seed)] = {
             **scores.score_predictions(probabilities, labels, groups, class_names),
             'ece': calibration_error(mine, [1.0] * len(mine)),
             'ece_calibrated': calibration_error(mine, [fold.temperature for fold in mine]),
-            'ece_cross_calibrated': calibration_error(mine, cross_temperatures),
+            'ece_cross_calibrated': calibration_error(mine, [temperatures[fold.seed, fold.fold] for fold in mine]),
             'temperature': fit_on_folds(mine),
         }
     return summary
