@@ -3,24 +3,20 @@
 Every module carries the name of its Keras layer, so that `'_'.join(path)` of a parameter is the name under which the
 published weights know it: `conv2_block1/0_bn/scale` is `gamma` of `conv2_block1_0_bn`.
 
-Two things are done differently from the text-book, with equal results:
-
-* Batch statistics are computed once, when a feature map is born. All later layers of a dense block normalise the same
-  channels over the same batch, so they share one mean and one variance and differ in scale and offset only.
-* A transition averages before its 1x1 convolution. Both are linear and act on different axes, so they commute, and the
-  convolution sees a quarter of the pixels.
+Two things are done differently from the text-book, with equal results. A dense block lies in one array and shares batch
+statistics, see `dense_block`. A transition averages before its 1x1 convolution: both are linear and act on different
+axes, so they commute, and the convolution sees a quarter of the pixels.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from brain_jax import convolutions
+from brain_jax.dense_block import FeatureMap, Moments, apply_dense_block, batch_moments, batch_norm_relu
 
-BATCH_NORM_EPSILON = 1.001e-5  # keras.applications.densenet
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of pixels in 0..1; mode 'torch' of Keras' preprocess_input
 IMAGENET_STANDARD_DEVIATION = (0.229, 0.224, 0.225)
 
@@ -38,40 +34,37 @@ def normalize(images):
     return (images - jnp.array(IMAGENET_MEAN)) / jnp.array(IMAGENET_STANDARD_DEVIATION)
 
 
-class Moments(NamedTuple):
-    """Mean and (biased) variance of a batch, per channel: float32 [channels]."""
-
-    mean: jax.Array
-    var: jax.Array
-
-
-class FeatureMap(NamedTuple):
-    """A feature map [batch, height, width, channels] and, in training, its batch moments."""
-
-    value: jax.Array
-    moments: Moments | None
-
-
-def batch_moments(x):
-    """Returns the `Moments` of `x` over batch, height and width, accumulated in float32 or better."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    mean = jnp.mean(x, axis=(0, 1, 2))
-    mean_of_squares = jnp.mean(jnp.square(x), axis=(0, 1, 2))
-    return Moments(mean, jnp.maximum(mean_of_squares - jnp.square(mean), 0))
-
-
-class BatchNormRelu(nn.Module):
+class BatchNorm(nn.Module):
     """Batch normalisation with given moments, followed by ReLU.
 
     Attributes:
-      dtype: type of the result; parameters and statistics are float32.
+      channels: of what is normalised.
       momentum: share of the old running statistics that a training step keeps.
     """
 
-    dtype: Any
+    channels: int
     momentum: float
 
-    @nn.compact
+    def setup(self):
+        self.scale = self.param('scale', nn.initializers.ones, (self.channels,))
+        self.bias = self.param('bias', nn.initializers.zeros, (self.channels,))
+        self.mean = self.variable('batch_stats', 'mean', jnp.zeros, (self.channels,))
+        self.var = self.variable('batch_stats', 'var', jnp.ones, (self.channels,))
+
+    def parameters(self):
+        """Returns {'scale': float32 [channels], 'bias': float32 [channels]}."""
+        return {'scale': self.scale, 'bias': self.bias}
+
+    def running_moments(self):
+        """Returns the running statistics as `Moments`."""
+        return Moments(self.mean.value, self.var.value)
+
+    def update(self, moments):
+        """Lets the moments of a batch enter the running statistics."""
+        if not self.is_initializing():
+            self.mean.value = self.momentum * self.mean.value + (1 - self.momentum) * moments.mean
+            self.var.value = self.momentum * self.var.value + (1 - self.momentum) * moments.var
+
     def __call__(self, x):
         """Normalises a feature map.
 
@@ -82,80 +75,57 @@ class BatchNormRelu(nn.Module):
         Returns:
           float [batch, height, width, channels].
         """
-        channels = (x.value.shape[-1],)
-        scale = self.param('scale', nn.initializers.ones, channels)
-        bias = self.param('bias', nn.initializers.zeros, channels)
-        mean = self.variable('batch_stats', 'mean', jnp.zeros, channels)
-        var = self.variable('batch_stats', 'var', jnp.ones, channels)
-        moments = x.moments
-        if moments is None:
-            moments = Moments(mean.value, var.value)
-        elif not self.is_initializing():
-            mean.value = self.momentum * mean.value + (1 - self.momentum) * moments.mean
-            var.value = self.momentum * var.value + (1 - self.momentum) * moments.var
-        multiplier = scale * jax.lax.rsqrt(moments.var + BATCH_NORM_EPSILON)
-        offset = bias - moments.mean * multiplier
-        return nn.relu(x.value * multiplier.astype(self.dtype) + offset.astype(self.dtype))
+        if x.moments is not None:
+            self.update(x.moments)
+        return batch_norm_relu(self.parameters(), x.value, x.moments or self.running_moments())
+
+
+class Kernel(nn.Module):
+    """The kernel of a convolution, float32 of the given shape."""
+
+    shape: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self):
+        return self.param('kernel', nn.initializers.he_normal(), self.shape)
 
 
 class DenseLayer(nn.Module):
-    """BN-ReLU-1x1 convolution-BN-ReLU-3x3 convolution: `growth_rate` new channels from all earlier ones.
+    """Parameters and running statistics of a dense layer, which `dense_block.dense_block` applies.
 
-    It joins the earlier feature maps itself: what is recomputed for the gradients is then the joined map as well, and
-    only the new channels of each layer are kept. The joined maps grow with the square of the depth.
+    Attributes:
+      channels: of all maps before it.
+      growth_rate: number of channels that it adds.
+      momentum: see `BatchNorm`.
     """
 
+    channels: int
     growth_rate: int
-    conv: Any
-    norm: Any
-    feature_map: Any
+    momentum: float
 
-    @nn.compact
-    def __call__(self, feature_maps):
-        x = concatenate(feature_maps)
-        bottleneck = self.conv(
-            4 * self.growth_rate, (1, 1), conv_general_dilated=convolutions.pointwise_convolution, name='1_conv'
-        )
-        grow = self.conv(self.growth_rate, (3, 3), conv_general_dilated=convolutions.convolution_3x3, name='2_conv')
-        y = self.feature_map(bottleneck(self.norm(name='0_bn')(x)))
-        return self.feature_map(grow(self.norm(name='1_bn')(y)))
+    def setup(self):
+        width = 4 * self.growth_rate
+        self.norms = [
+            BatchNorm(channels, self.momentum, name=f'{i}_bn') for i, channels in enumerate((self.channels, width))
+        ]
+        self.kernels = [
+            Kernel((1, 1, self.channels, width), name='1_conv'),
+            Kernel((3, 3, width, self.growth_rate), name='2_conv'),
+        ]
 
+    def parameters(self):
+        """Returns the parameters by the names of Keras' layers."""
+        norms = {norm.name: norm.parameters() for norm in self.norms}
+        return norms | {kernel.name: {'kernel': kernel()} for kernel in self.kernels}
 
-def recompute_for_gradients(layer, feature_maps):
-    """Applies a dense layer and keeps nothing of its inside: for the gradients it is computed again.
+    def running_moments(self):
+        """Returns the running `Moments` of both normalisations."""
+        return tuple(norm.running_moments() for norm in self.norms)
 
-    That is `flax.linen.remat`, but for this: there a barrier alone tells XLA that the second time is not the first. On
-    CPU XLA drops barriers, finds both equal, and keeps everything. Here the second time takes a zero from the gradients
-    that come in, so that it cannot begin before they are there.
-
-    Args:
-      layer: a `DenseLayer`.
-      feature_maps: list of `FeatureMap`.
-
-    Returns:
-      The new `FeatureMap`.
-    """
-    unbound = layer.clone(parent=None)
-
-    def forward(layer, feature_maps):
-        return layer(feature_maps), (layer.variables, feature_maps)
-
-    def backward(residuals, grad):
-        variables, feature_maps = residuals
-        # XLA does not see that this is 0; where the gradient is no number, nothing is worth saving.
-        zero = jnp.minimum(jnp.maximum(grad.value[0, 0, 0, 0], 0), 0)
-        last = feature_maps[-1]
-        feature_maps = [*feature_maps[:-1], last._replace(value=last.value + zero)]
-
-        def apply(params, feature_maps):
-            new, _ = unbound.apply({**variables, 'params': params}, feature_maps, mutable=['batch_stats'])
-            return new
-
-        _, pull_back = jax.vjp(apply, variables['params'], feature_maps)
-        params_grad, maps_grad = pull_back(grad)
-        return {'params': params_grad}, maps_grad
-
-    return nn.custom_vjp(DenseLayer.__call__, forward_fn=forward, backward_fn=backward)(layer, feature_maps)
+    def update(self, *moments):
+        """Lets the moments of a batch, one for each normalisation, enter the running statistics."""
+        for norm, new in zip(self.norms, moments, strict=True):
+            norm.update(new)
 
 
 def average_pool(x):
@@ -193,15 +163,6 @@ def head_channels(stage_channels):
 def mean_map(x):
     """Returns the means of the channels: [batch, height, width, channels] -> float32 [batch, channels]."""
     return jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
-
-
-def concatenate(feature_maps):
-    """Returns one `FeatureMap` with the channels, and the moments, of all."""
-    values, moments = zip(*feature_maps, strict=True)
-    moments = None if moments[0] is None else jax.tree.map(lambda *m: jnp.concatenate(m), *moments)
-    # The barrier keeps XLA from fusing each layer's concatenation into those of all later ones, which doubles the time
-    # to compile.
-    return FeatureMap(jax.lax.optimization_barrier(jnp.concatenate(values, axis=-1)), moments)
 
 
 class DenseNet(nn.Module):
@@ -252,7 +213,9 @@ class DenseNet(nn.Module):
             raise ValueError(f"head is {self.head!r}: use 'last' or 'wide'")
         use_batch_moments = train and self.batch_norm == 'train'
         conv = partial(nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.he_normal())
-        norm = partial(BatchNormRelu, dtype=self.dtype, momentum=self.momentum)
+
+        def norm_relu(x, name):
+            return BatchNorm(x.value.shape[-1], self.momentum, name=name)(x)
 
         def feature_map(x):
             return FeatureMap(x, batch_moments(x) if use_batch_moments else None)
@@ -261,15 +224,25 @@ class DenseNet(nn.Module):
             convolve = conv(
                 2 * self.growth_rate, (7, 7), conv_general_dilated=convolutions.stem_convolution, name='conv1_conv'
             )
-            x = norm(name='conv1_bn')(feature_map(convolve(images.astype(self.dtype))))
+            x = norm_relu(feature_map(convolve(images.astype(self.dtype))), 'conv1_bn')
             return feature_map(convolutions.max_pool(x))
 
-        def dense_layer(feature_maps, name):
-            layer = DenseLayer(self.growth_rate, conv, norm, feature_map, name=name)
-            return layer(feature_maps) if self.remat == 'none' else recompute_for_gradients(layer, feature_maps)
+        def dense_block(x, stage, num_layers):
+            growth = self.growth_rate
+            layers = [
+                DenseLayer(x.value.shape[-1] + i * growth, growth, self.momentum, name=f'conv{stage}_block{i + 1}')
+                for i in range(num_layers)
+            ]
+            parameters = [layer.parameters() for layer in layers]
+            running = [layer.running_moments() for layer in layers]
+            x, squeezed_moments = apply_dense_block(parameters, x, running, keep=self.remat == 'none')
+            if use_batch_moments:
+                for layer, moments in zip(layers, squeezed_moments, strict=True):
+                    layer.update(Moments(*(m[: layer.channels] for m in x.moments)), moments)
+            return x
 
         def transition(_, x, stage):
-            end = norm(name=f'pool{stage}_bn')(x)
+            end = norm_relu(x, f'pool{stage}_bn')
             y = average_pool(end)
             squeeze = conv(
                 y.shape[-1] // 2,
@@ -284,14 +257,11 @@ class DenseNet(nn.Module):
         x = stem(self, images)
         ends = []  # of the stages
         for stage, num_layers in enumerate(self.stage_sizes, start=2):
-            feature_maps = [x]
-            for layer in range(1, num_layers + 1):
-                feature_maps.append(dense_layer(feature_maps, f'conv{stage}_block{layer}'))
-            x = concatenate(feature_maps)
+            x = dense_block(x, stage, num_layers)
             if stage < len(self.stage_sizes) + 1:
                 x, end = transition(self, x, stage)
                 ends.append(end)
-        features = norm(name='bn')(x)
+        features = norm_relu(x, 'bn')
         pooled = mean_map(features) if self.head == 'last' else pool_widely([*ends[-2:], features])
         logits = nn.Dense(self.num_classes, name='predictions')(pooled)
         return (logits, {'feature_map': features, 'pooled': pooled}) if return_features else logits

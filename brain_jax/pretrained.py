@@ -38,7 +38,7 @@ import safetensors
 import safetensors.numpy
 from absl import logging
 
-from brain_jax import InputError, files, models
+from brain_jax import InputError, dense_block, files, models
 
 LAYOUT = 'brain_jax-1'
 MODELS = ('DenseNet121', 'DenseNet169', 'DenseNet201')
@@ -457,7 +457,7 @@ def _torch_array(name, array):
 
 def _shift_variance(read):
     """Returns a variance of torch that gives the same sum with Keras' epsilon; it can be as low as -1e-8."""
-    return read().astype(np.float64) + (TORCH_EPSILON - models.BATCH_NORM_EPSILON)
+    return read().astype(np.float64) + (TORCH_EPSILON - dense_block.BATCH_NORM_EPSILON)
 
 
 # The published files.
