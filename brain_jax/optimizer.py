@@ -99,6 +99,7 @@ def scale_gradients(config):
     """Returns the optax transformation of `config.optimizer`, without a learning rate.
 
     Weight decay acts on kernels only: for 'adamw' and 'lamb' beside the gradient, for 'sgd' and 'adam' as a part of it.
+    Moments of the gradients are one vector: hundreds of small arrays are as many small programs to compile and run.
     """
 
     def is_kernel(params):
@@ -106,13 +107,13 @@ def scale_gradients(config):
 
     decay = optax.add_decayed_weights(config.weight_decay, mask=is_kernel)
     if config.optimizer == 'sgd':
-        return optax.chain(decay, optax.trace(config.momentum))
+        return optax.chain(decay, optax.flatten(optax.trace(config.momentum)))
     if config.optimizer == 'adam':
-        return optax.chain(decay, optax.scale_by_adam())
+        return optax.chain(decay, optax.flatten(optax.scale_by_adam()))
     if config.optimizer == 'adamw':
-        return optax.chain(optax.scale_by_adam(), decay)
+        return optax.chain(optax.flatten(optax.scale_by_adam()), decay)
     if config.optimizer == 'lamb':
-        return optax.chain(optax.scale_by_adam(eps=1e-6), decay, optax.scale_by_trust_ratio())
+        return optax.chain(optax.flatten(optax.scale_by_adam(eps=1e-6)), decay, optax.scale_by_trust_ratio())
     raise InputError(f"optimizer is {config.optimizer!r}: use 'sgd', 'adam', 'adamw' or 'lamb'")
 
 
@@ -162,13 +163,14 @@ def create_optimizer(config, params, *, total_steps, steps_per_epoch):
     )
     head_schedule = create_schedule(config, total_steps)
     multipliers = rate_multipliers(params, config)
+    labels = label_parameters(params, config.freeze)
     transforms = {
         'head': optax.chain(scale_gradients(config), optax.scale_by_learning_rate(head_schedule)),
         'backbone': optax.chain(scale_gradients(config), optax.scale_by_learning_rate(backbone_schedule)),
         'frozen': optax.set_to_zero(),
     }
     return optax.chain(
-        optax.clip_by_global_norm(config.gradient_clip) if config.gradient_clip else optax.identity(),
-        optax.partition(transforms, label_parameters(params, config.freeze)),
+        optax.flatten(optax.clip_by_global_norm(config.gradient_clip)) if config.gradient_clip else optax.identity(),
+        optax.partition({label: transforms[label] for label in set(jax.tree.leaves(labels))}, labels),
         optax.stateless(lambda updates, _: jax.tree.map(lambda u, m: u * m, updates, multipliers)),
     ), backbone_schedule

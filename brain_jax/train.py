@@ -19,6 +19,7 @@ import tqdm
 from absl import logging
 from clu import metric_writers, periodic_actions
 from flax.training import train_state
+from jax.flatten_util import ravel_pytree
 
 from brain_jax import (
     InputError,
@@ -210,13 +211,15 @@ def make_train_step(model, config, class_weights, mesh, feature_moments=None):
         if config.ema_decay:
             ema_params = optax.incremental_update(state.params, state.ema_params, 1 - config.ema_decay)
             state = state.replace(ema_params=ema_params)
-        gradient_norm = optax.tree.norm(grads)
+        gradient_norm = jnp.linalg.norm(ravel_pytree(grads)[0])
         update = metrics.TrainMetrics.single_from_model_output(
             loss=losses,
             correct=(jnp.argmax(logits, -1) == jnp.argmax(targets, -1)).astype(jnp.float32),
             gradient_norm=gradient_norm,
         )
-        health = jnp.stack([jnp.mean(losses), gradient_norm, optax.tree.norm((state.params, state.batch_stats))])
+        health = jnp.stack(
+            [jnp.mean(losses), gradient_norm, jnp.linalg.norm(ravel_pytree((state.params, state.batch_stats))[0])]
+        )
         return state, update, health
 
     everywhere = parallel.replicated(mesh)
