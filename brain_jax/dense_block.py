@@ -36,6 +36,7 @@ class FeatureMap(NamedTuple):
     moments: Moments | None
 
 
+@jax.jit
 def batch_moments(x):
     """Returns the `Moments` of `x` over batch, height and width, accumulated in float32 or better."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -55,9 +56,14 @@ def batch_norm_relu(parameters, x, moments):
     Returns:
       Like `x`.
     """
-    multiplier = parameters['scale'] * jax.lax.rsqrt(moments.var + BATCH_NORM_EPSILON)
-    offset = parameters['bias'] - moments.mean * multiplier
+    multiplier, offset = _as_line(parameters, moments)
     return jax.nn.relu(x * multiplier.astype(x.dtype) + offset.astype(x.dtype))
+
+
+def _as_line(parameters, moments):
+    """Returns the multiplier and the offset of a normalisation, float32 [channels]."""
+    multiplier = parameters['scale'] * jax.lax.rsqrt(moments.var + BATCH_NORM_EPSILON)
+    return multiplier, parameters['bias'] - moments.mean * multiplier
 
 
 def apply_dense_block(layers, x, running, keep):
@@ -80,14 +86,28 @@ def _apply_dense_block(keep, layers, x, running):
     return _forward(keep, layers, x, running)[0]
 
 
-def _squeeze(norm, conv, x, moments):
-    """The first half of a layer: many channels to few."""
-    return convolutions.pointwise_convolution(batch_norm_relu(norm, x, moments), conv['kernel'].astype(x.dtype))
+@partial(jax.jit, static_argnums=0)
+def _half_layer(convolve, norm, conv, x, moments):
+    """Applies BN-ReLU-convolution, one half of a layer."""
+    return convolve(batch_norm_relu(norm, x, moments), conv['kernel'].astype(x.dtype))
 
 
-def _grow(norm, conv, y, moments):
-    """The second half of a layer: few channels to the new ones."""
-    return convolutions.convolution_3x3(batch_norm_relu(norm, y, moments), conv['kernel'].astype(y.dtype))
+@partial(jax.jit, static_argnums=0)
+def _half_layer_gradients(convolve, norm, conv, x, moments, grad):
+    """Returns the gradients of `norm`, `conv`, `x` and `moments` from that of the result of `_half_layer`."""
+    activated = batch_norm_relu(norm, x, moments)
+    grad, kernel_grad = jax.vjp(convolve, activated, conv['kernel'].astype(x.dtype))[1](grad)
+    grad = jnp.where(activated > 0, grad, 0)
+    line, pull_back = jax.vjp(_as_line, norm, moments)
+    wide = grad.astype(line[0].dtype)
+    norm_grad, moments_grad = pull_back((jnp.sum(wide * x, axis=(0, 1, 2)), jnp.sum(wide, axis=(0, 1, 2))))
+    return norm_grad, {'kernel': kernel_grad.astype(wide.dtype)}, grad * line[0].astype(x.dtype), moments_grad
+
+
+_squeeze = partial(_half_layer, convolutions.pointwise_convolution)
+_squeeze_gradients = partial(_half_layer_gradients, convolutions.pointwise_convolution)
+_grow = partial(_half_layer, convolutions.convolution_3x3)
+_grow_gradients = partial(_half_layer_gradients, convolutions.convolution_3x3)
 
 
 def _forward(keep, layers, x, running):
@@ -121,11 +141,16 @@ def _backward(keep, residuals, grads):
         if not keep:
             y = y._replace(value=_squeeze(layer['0_bn'], layer['1_conv'], x, moments))
 
-        _, pull_back = jax.vjp(_grow, layer['1_bn'], layer['2_conv'], y.value + zero, y.moments or running_1)
-        norm_1, conv_2, *y_grad = pull_back(_add_moments_grad(new, *new_grad))
-        _, pull_back = jax.vjp(_squeeze, layer['0_bn'], layer['1_conv'], x, moments)
-        norm_0, conv_1, x_grad, moments_grad = pull_back(_add_moments_grad(y, *y_grad))
-
+        norm_1, conv_2, *y_grad = _grow_gradients(
+            layer['1_bn'],
+            layer['2_conv'],
+            y.value + zero,
+            y.moments or running_1,
+            _add_moments_grad(new, *new_grad),
+        )
+        norm_0, conv_1, x_grad, moments_grad = _squeeze_gradients(
+            layer['0_bn'], layer['1_conv'], x, moments, _add_moments_grad(y, *y_grad)
+        )
         layer_grads.append({'0_bn': norm_0, '1_conv': conv_1, '1_bn': norm_1, '2_conv': conv_2})
         grad = FeatureMap(grad.value + x_grad, grad.moments and jax.tree.map(jnp.add, grad.moments, moments_grad))
     return layer_grads[::-1], grad, None
@@ -136,6 +161,7 @@ def _split(x, channels):
     return jax.tree.map(lambda leaf: leaf[..., :channels], x), jax.tree.map(lambda leaf: leaf[..., channels:], x)
 
 
+@jax.jit
 def _add_moments_grad(x, grad, moments_grad):
     """Returns the gradient of the values of a `FeatureMap`, with what comes from the moments computed from them.
 

@@ -26,6 +26,7 @@ _SECOND_BATCH = flags.DEFINE_integer(
     'Compile for another number, too, and estimate the largest batch from both. Takes twice as long.',
     lower_bound=1,
 )
+_TEXT_BOOK = flags.DEFINE_bool('text_book', False, "Compile the network of Flax' own layers instead, to compare with.")
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder to write to.', required=True)
 
 
@@ -37,7 +38,7 @@ def run(argv):
     output = pathlib.Path(_OUTPUT.value)
     try:
         run_folder.check_config(config)
-        report = compiled.compile_for(config, _TOPOLOGY.value, _BATCH.value, _SECOND_BATCH.value)
+        report = compiled.compile_for(config, _TOPOLOGY.value, _BATCH.value, _SECOND_BATCH.value, _TEXT_BOOK.value)
         table = compiled.format_table(report)
         files.write_whole(output / 'compile_for.json', json.dumps(report, indent=2) + '\n')
         files.write_whole(output / 'compile_for.md', table)

@@ -117,9 +117,9 @@ def test_timed_steps_are_those_of_a_run(settings, tmp_path, monkeypatch):
     assert len(of_run) == 2 and programs == of_run
 
 
-@pytest.mark.parametrize('task', ['devices', 'memory'])
-def test_one_of_brain_jax(settings, task):
-    replies = worker.run(task, 'brain_jax', ml_collections.ConfigDict(settings), ['{"seconds": 0}'])
+@pytest.mark.parametrize(('task', 'contender'), [('devices', 'brain_jax'), ('memory', 'brain_jax'), ('memory', 'flax')])
+def test_one_of_ours(settings, task, contender):
+    replies = worker.run(task, contender, ml_collections.ConfigDict(settings), ['{"seconds": 0}'])
     if task == 'memory':
         # At least the dense features of the first stage, 16 channels of 8x8 pixels, are kept for the backward pass.
         assert next(replies)['temporary_bytes'] > 16 * 16 * 8 * 8 * 4

@@ -1,8 +1,5 @@
 """Tests of brain_jax.models: against Keras, and against a text-book DenseNet made of Flax' own layers."""
 
-import functools
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,52 +9,10 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from brain_jax import models
+from brain_jax.benchmark.text_book import TextBookDenseNet
 
-STAGE_SIZES = (1, 2, 1, 1)  # of models._DenseNetTiny, as is the growth rate
+TINY = {'stage_sizes': (1, 2, 1, 1), 'growth_rate': 8, 'num_classes': 4}  # models._DenseNetTiny
 MOMENTUM = 0.9
-
-
-class TextBookDenseNet(nn.Module):
-    """DenseNet-BC as the paper and Keras draw it: every BatchNorm has moments of its own, and transitions pool last."""
-
-    num_classes: int
-    dtype: Any
-    growth_rate: int = 8
-    stage_sizes: tuple[int, ...] = STAGE_SIZES
-
-    @nn.compact
-    def __call__(self, x, *, train):
-        def conv(x, channels, size, strides, name):
-            pad = size // 2
-            return nn.Conv(
-                channels, (size, size), strides, padding=pad, use_bias=False, dtype=self.dtype, name=f'{name}_conv'
-            )(x)
-
-        def bn_relu(x, name):
-            return nn.relu(
-                nn.BatchNorm(
-                    use_running_average=not train,
-                    momentum=MOMENTUM,
-                    epsilon=1.001e-5,
-                    use_fast_variance=False,
-                    dtype=self.dtype,
-                    name=name,
-                )(x)
-            )
-
-        x = bn_relu(conv(x, 2 * self.growth_rate, 7, 2, 'conv1'), 'conv1_bn')
-        x = nn.max_pool(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), (3, 3), (2, 2))
-        for stage, num_layers in enumerate(self.stage_sizes, start=2):
-            for layer in range(1, num_layers + 1):
-                name = f'conv{stage}_block{layer}'
-                y = conv(bn_relu(x, f'{name}_0_bn'), 4 * self.growth_rate, 1, 1, f'{name}_1')
-                y = conv(bn_relu(y, f'{name}_1_bn'), self.growth_rate, 3, 1, f'{name}_2')
-                x = jnp.concatenate([x, y], axis=-1)
-            if stage < 5:
-                x = conv(bn_relu(x, f'pool{stage}_bn'), x.shape[-1] // 2, 1, 1, f'pool{stage}')
-                x = nn.avg_pool(x, (2, 2), (2, 2))
-        x = jnp.mean(bn_relu(x, 'bn'), axis=(1, 2))
-        return nn.Dense(self.num_classes, dtype=self.dtype, name='predictions')(x)
 
 
 def flat_names(tree):
@@ -67,6 +22,10 @@ def flat_names(tree):
 
 def make_tiny(**options):
     return models._DenseNetTiny(num_classes=4, momentum=MOMENTUM, **options)
+
+
+def make_text_book(dtype):
+    return TextBookDenseNet(**TINY, momentum=MOMENTUM, dtype=dtype)
 
 
 @pytest.fixture(scope='module')
@@ -116,7 +75,7 @@ def text_book(variables, images):
     """The training step of the text-book network, in float64."""
     flat = {collection: flat_names(tree) for collection, tree in variables.items()}
     with jax.enable_x64(True):
-        return train_outputs(TextBookDenseNet(4, jnp.float64), to_float64(flat), images.astype(np.float64))
+        return train_outputs(make_text_book(jnp.float64), to_float64(flat), images.astype(np.float64))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +108,7 @@ def test_training_is_that_of_the_text_book(remat, dtype, tolerance, variables, i
 def inference_logits(variables, images):
     """Of the text-book network, in float32."""
     flat = {collection: flat_names(tree) for collection, tree in variables.items()}
-    return np.asarray(jax.jit(lambda: TextBookDenseNet(4, jnp.float32).apply(flat, images, train=False))())
+    return np.asarray(jax.jit(lambda: make_text_book(jnp.float32).apply(flat, images, train=False))())
 
 
 def test_frozen_batch_norm(variables, images, inference_logits):
@@ -188,7 +147,7 @@ def test_memory_of_training():
     images = jnp.zeros((4, 64, 64, 3))
     sizes = {'stage_sizes': (16, 1, 1, 1), 'growth_rate': 16, 'num_classes': 4}
     networks = {remat: models.DenseNet(**sizes, remat=remat) for remat in ('none', 'dense_layers', 'full')}
-    networks['text-book'] = TextBookDenseNet(**sizes, dtype=jnp.float32)
+    networks['text-book'] = TextBookDenseNet(**sizes)
     kept = {}
     for name, network in networks.items():
 
@@ -196,10 +155,9 @@ def test_memory_of_training():
             variables = {'params': params, 'batch_stats': batch_stats}
             return network.apply(variables, images, train=True, mutable=['batch_stats'])[0].sum()
 
-        variables = jax.eval_shape(functools.partial(network.init, train=True), jax.random.key(0), images)
+        variables = jax.eval_shape(network.init, jax.random.key(0), images)
         compiled = jax.jit(jax.grad(loss)).lower(variables['params'], variables['batch_stats']).compile()
         kept[name] = compiled.memory_analysis().temp_size_in_bytes
-    print(kept)
     assert kept['none'] < 0.5 * kept['text-book']
     assert max(kept['dense_layers'], kept['full']) < 0.45 * kept['text-book']
 

@@ -45,10 +45,10 @@ def count_devices(batch_size):
 
 
 def choose_variables(contender, num_devices):
-    """Returns the environment variables of a contender: huge pages for all, and for brain_jax those of the README."""
+    """Returns the environment variables of a contender: huge pages for all, and for our steps those of the README."""
     variables = {'JAX_PLATFORMS': 'cpu', 'CUDA_VISIBLE_DEVICES': '', 'TF_CPP_MIN_LOG_LEVEL': '2'}
     variables['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'
-    if contender == 'brain_jax':
+    if contender in ('brain_jax', 'flax'):
         flags = f'--xla_force_host_platform_device_count={num_devices} --xla_cpu_prefer_vector_width=512'
         variables['XLA_FLAGS'] = flags
     elif contender.startswith('keras_'):
@@ -212,7 +212,7 @@ class Benchmark:
         """Measures the seconds of the first training step, without and with what an earlier process compiled."""
         measured = {}
         with tempfile.TemporaryDirectory() as cache:
-            for contender in ('brain_jax', 'brain_jax_warm', *self._choose('train', 'keras_')):
+            for contender in ('brain_jax', 'brain_jax_warm', *self._choose('train', ('flax', 'keras_'))):
                 is_ours = contender.startswith('brain_jax')
                 with contextlib.ExitStack() as stack:
                     worker = self._start(
@@ -229,7 +229,7 @@ class Benchmark:
     def measure_memory(self):
         """Measures the bytes that a training step needs beside parameters and batch, an image."""
         variants = {'brain_jax': self.settings, **self._remat_variants()}
-        variants |= dict.fromkeys(self._choose('train', 'torch'), self.settings)
+        variants |= dict.fromkeys(self._choose('train', ('flax', 'torch')), self.settings)
         temporary, resident = {}, {}
         for name, settings in variants.items():
             contender = 'brain_jax' if name.startswith('brain_jax') else name

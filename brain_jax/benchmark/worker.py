@@ -82,12 +82,12 @@ def resident_growth(step):
     return read_memory('VmHWM') - before
 
 
-def measure_memory(make_step, settings):
+def measure_memory(contender, settings):
     """Yields the bytes that the first training step needs beside parameters and batch."""
-    if make_step is not contenders.train_brain_jax:
-        yield {'resident_bytes': resident_growth(make_step(settings))}
+    if contender not in ('brain_jax', 'flax'):
+        yield {'resident_bytes': resident_growth(contenders.STEPS['train'][contender](settings))}
         return
-    train_step, state, batch = contenders.prepare_training(settings.config)
+    train_step, state, batch = contenders.prepare_training(settings.config, is_text_book=contender == 'flax')
     program = train_step.lower(state, batch).compile()
     num_devices = len(batch['image'].devices())
     step = contenders.repeat_training(program, state, batch)
@@ -163,7 +163,7 @@ def run(task, contender, settings, requests):
     if task == 'devices':
         return run_on_devices(settings, requests)
     if task == 'memory':
-        return measure_memory(contenders.STEPS['train'][contender], settings)
+        return measure_memory(contender, settings)
     return run_steps(contenders.STEPS[task][contender], settings, requests)
 
 
