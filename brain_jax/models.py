@@ -175,9 +175,9 @@ class DenseNet(nn.Module):
       dtype: type of the computation; parameters, statistics and logits are float32.
       batch_norm: 'train' normalises with batch statistics while training, 'frozen' always with the running ones.
       momentum: of the running statistics.
-      remat: what is computed again for the gradients instead of kept: 'none'; 'dense_layers': the inside of every dense
-        layer; 'full': that of the stem and of transitions as well (but for CPU, where XLA finds them equal and keeps
-        them).
+      remat: what is computed again for the gradients instead of kept, beside normalised maps, which never are: 'none';
+        'dense_layers': the map in the middle of every dense layer; 'full': those of the stem and of transitions as well
+        (but for CPU, where XLA finds them equal and keeps them).
       head: what it sees, 'last': the means of the last map, as Keras' head does; 'wide': those of the last three
         stages, see `pool_widely`.
     """
