@@ -93,20 +93,26 @@ def restore(manager, state, step):
       The restored state and the progress dictionary.
 
     Raises:
-      InputError: where there is no such checkpoint, or it is of another network.
+      InputError: where there is no such checkpoint, or it is of another network or another optimiser.
     """
     if step not in manager.all_steps():
         raise InputError(f'{manager.directory} holds no checkpoint of step {step}: it is lost, and the run with it')
     # Orbax notices another shape only when it is half through reading.
-    saved = shapes(manager.item_metadata(step).variables.tree)
-    wanted = shapes(split_state(state)[0])
+    metadata, (variables, training) = manager.item_metadata(step), split_state(state)
+    saved, wanted = shapes(metadata.variables.tree), shapes(variables)
     differing = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
     if differing:
         raise InputError(
             f'the checkpoint {manager.directory / str(step)} is of another network: {len(differing)} arrays differ, '
             f'{differing[0]} first'
         )
-    variables, training = jax.tree.map(ocp.utils.to_shape_dtype_struct, split_state(state))
+    kept, needed = (sorted(leaf.shape for leaf in jax.tree.leaves(tree)) for tree in (metadata.training.tree, training))
+    if kept != needed:
+        raise InputError(
+            f'the checkpoint {manager.directory / str(step)} keeps other arrays of the optimiser: use the version of '
+            'brain_jax that wrote it'
+        )
+    variables, training = jax.tree.map(ocp.utils.to_shape_dtype_struct, (variables, training))
     restored = manager.restore(
         step,
         args=ocp.args.Composite(

@@ -10,8 +10,10 @@ from brain_jax import InputError, checkpoints
 from brain_jax.train import TrainState
 
 
-def make_state(step, width=3):
-    tx = optax.adam(0.1)
+ADAM = optax.adam(0.1)
+
+
+def make_state(step, width=3, tx=ADAM):
     params = {'layer': {'kernel': jnp.full((2, width), float(step))}}
     state = TrainState.create(apply_fn=None, params=params, tx=tx, batch_stats={'layer': {'mean': jnp.full(3, 2.0)}})
     return state.replace(step=jnp.asarray(step))
@@ -58,6 +60,14 @@ def test_checkpoint_of_another_network(tmp_path):
         manager.wait_until_finished()
         with pytest.raises(InputError, match='is of another network: 1 arrays differ, params/layer/kernel first'):
             checkpoints.restore(manager, make_state(1, width=5), 1)
+
+
+def test_checkpoint_of_another_optimiser(tmp_path):
+    with checkpoints.open_checkpoints(tmp_path) as manager:
+        checkpoints.save(manager, make_state(1), {})
+        manager.wait_until_finished()
+        with pytest.raises(InputError, match='keeps other arrays of the optimiser: use the version of brain_jax'):
+            checkpoints.restore(manager, make_state(1, tx=optax.flatten(ADAM)), 1)
 
 
 def test_checkpoint_that_is_gone(tmp_path):
