@@ -9,7 +9,6 @@ import pytest
 from brain_jax import InputError, checkpoints
 from brain_jax.train import TrainState
 
-
 ADAM = optax.adam(0.1)
 
 
