@@ -171,6 +171,6 @@ def create_optimizer(config, params, *, total_steps, steps_per_epoch):
     }
     return optax.chain(
         optax.flatten(optax.clip_by_global_norm(config.gradient_clip)) if config.gradient_clip else optax.identity(),
-        optax.partition({label: transforms[label] for label in set(jax.tree.leaves(labels))}, labels),
+        optax.partition({label: transforms[label] for label in sorted(set(jax.tree.leaves(labels)))}, labels),
         optax.stateless(lambda updates, _: jax.tree.map(lambda u, m: u * m, updates, multipliers)),
     ), backbone_schedule

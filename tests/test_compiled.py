@@ -85,6 +85,28 @@ def test_devices_exchange_statistics_and_gradients_alone():
     assert found['all-reduce']['count'] <= 2 * feature_maps + 4
 
 
+LOWERED_STEP = """
+import hashlib
+import runpy
+from brain_jax import compiled, parallel
+
+config = runpy.run_path('configs/densenet121.py')['get_config']()
+config.update(model='_DenseNetTiny', image_size=32, batch_size=2, eval_batch_size=2)
+steps = compiled.lower_steps(config, parallel.make_mesh())
+print(hashlib.sha256(steps['train_step'].as_text().encode()).hexdigest())
+"""
+
+
+def test_every_process_has_the_same_program():
+    """Else no process finds what another one compiled, and several cannot compute together."""
+    programs = set()
+    for seed in range(4):  # of the order of sets
+        environment = os.environ | {'PYTHONHASHSEED': str(seed), 'PYTHONPATH': str(REPOSITORY), 'JAX_PLATFORMS': 'cpu'}
+        command = [sys.executable, '-c', LOWERED_STEP]
+        programs.add(subprocess.run(command, env=environment, cwd=REPOSITORY, check=True, capture_output=True).stdout)
+    assert len(programs) == 1
+
+
 def test_started_and_awaited_is_one():
     text = """
       %s = (f32[8]{0:T(128)}, bf16[2,3]{1,0:T(8,128)(2,1)S(1)}) all-reduce-start(%a, %b), to_apply=%add
