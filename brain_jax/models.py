@@ -91,7 +91,7 @@ class Kernel(nn.Module):
 
 
 class DenseLayer(nn.Module):
-    """Parameters and running statistics of a dense layer, which `dense_block.dense_block` applies.
+    """Parameters and running statistics of a dense layer, which `dense_block.apply_dense_block` applies.
 
     Attributes:
       channels: of all maps before it.
