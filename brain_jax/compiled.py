@@ -23,7 +23,6 @@ from absl import logging
 from jax.experimental import topologies
 
 from brain_jax import InputError, parallel, train
-from brain_jax.benchmark import text_book
 
 NUM_CLASSES = 4  # of the dataset; the head's width changes next to nothing
 COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'collective-permute', 'all-to-all')
@@ -100,18 +99,18 @@ def _compiler(topology):
     return 'jax-cuda13-plugin' if topology.partition(':')[0] in GPU_TARGETS else 'libtpu'
 
 
-def lower_steps(config, mesh, is_text_book=False):
+def lower_steps(config, mesh, create_model=train.create_model):
     """Lowers the training and the evaluation step of a run, as `train.train_and_evaluate` calls them.
 
     Args:
       config: the run's configuration; no data and no weights are read.
       mesh: the devices, which need not be there.
-      is_text_book: whether the network is that of `benchmark.text_book`, to compare with.
+      create_model: makes the network; another one than that of a run, to compare with.
 
     Returns:
       {'train_step': lowered, 'eval_step': lowered}, of `jax.stages.Lowered`.
     """
-    model = (text_book if is_text_book else train).create_model(config, NUM_CLASSES)
+    model = create_model(config, NUM_CLASSES)
     state = jax.eval_shape(functools.partial(_create_state, config, model))
     state = jax.tree.map(functools.partial(_abstract, sharding=parallel.replicated(mesh)), state)
     moments = None
@@ -255,7 +254,7 @@ def bound_speed(chip, figures):
     }
 
 
-def compile_for(config, topology, batch_per_chip, second_batch_per_chip=None, is_text_book=False):
+def compile_for(config, topology, batch_per_chip, second_batch_per_chip=None, create_model=train.create_model):
     """Compiles the steps of a run for chips that are not there and describes them.
 
     Args:
@@ -263,7 +262,7 @@ def compile_for(config, topology, batch_per_chip, second_batch_per_chip=None, is
       topology: such as 'v5e:2x4', see `open_mesh`.
       batch_per_chip: images of a step on each chip.
       second_batch_per_chip: another number, to tell by how much the temporaries grow with an image; None: not compiled.
-      is_text_book: see `lower_steps`.
+      create_model: see `lower_steps`.
 
     Returns:
       A dictionary: what was compiled with what, and `programs` {name: figures}.
@@ -273,8 +272,8 @@ def compile_for(config, topology, batch_per_chip, second_batch_per_chip=None, is
     """
     mesh = open_mesh(topology)
     chip = CHIPS[topology.partition(':')[0]]
-    programs = _compile_steps(config, mesh, batch_per_chip, is_text_book)
-    others = _compile_steps(config, mesh, second_batch_per_chip, is_text_book) if second_batch_per_chip else {}
+    programs = _compile_steps(config, mesh, batch_per_chip, create_model)
+    others = _compile_steps(config, mesh, second_batch_per_chip, create_model) if second_batch_per_chip else {}
     for name, figures in programs.items():
         figures['largest_batch_estimate'] = estimate_largest_batch(chip, figures, others.get(name))
         figures['bound_images_per_second'] = bound_speed(chip, figures)
@@ -286,18 +285,18 @@ def compile_for(config, topology, batch_per_chip, second_batch_per_chip=None, is
         'batch_per_chip': batch_per_chip,
         'second_batch_per_chip': second_batch_per_chip,
         'config': config.to_dict(),
-        'is_text_book': is_text_book,
+        'network': create_model.__module__,
         'versions': {name: importlib.metadata.version(name) for name in ('jax', 'jaxlib', 'flax', _compiler(topology))},
         'programs': programs,
     }
 
 
-def _compile_steps(config, mesh, batch_per_chip, is_text_book):
+def _compile_steps(config, mesh, batch_per_chip, create_model):
     config = config.copy_and_resolve_references()
     config.batch_size = config.eval_batch_size = batch_per_chip * mesh.size
     parallel.check_batch_sizes(config, mesh)
     programs = {}
-    for name, lowered in lower_steps(config, mesh, is_text_book).items():
+    for name, lowered in lower_steps(config, mesh, create_model).items():
         logging.info('compiling %s for %d chips, %d images each: minutes', name, mesh.size, batch_per_chip)
         start = time.monotonic()
         programs[name] = describe(lowered.compile(), batch_per_chip)

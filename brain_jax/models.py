@@ -191,7 +191,34 @@ class DenseNet(nn.Module):
     remat: str = 'none'
     head: str = 'last'
 
-    @nn.compact
+    def setup(self):
+        if self.batch_norm not in ('train', 'frozen'):
+            raise ValueError(f"batch_norm is {self.batch_norm!r}: use 'train' or 'frozen'")
+        if self.remat not in ('none', 'dense_layers', 'full'):
+            raise ValueError(f"remat is {self.remat!r}: use 'none', 'dense_layers' or 'full'")
+        if self.head not in ('last', 'wide'):
+            raise ValueError(f"head is {self.head!r}: use 'last' or 'wide'")
+        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.he_normal())
+        pointwise = partial(conv, kernel_size=(1, 1), conv_general_dilated=convolutions.pointwise_convolution)
+        norm = partial(BatchNorm, momentum=self.momentum)
+        channels, growth = 2 * self.growth_rate, self.growth_rate
+        self.conv1 = conv(channels, (7, 7), conv_general_dilated=convolutions.stem_convolution, name='conv1_conv')
+        self.conv1_bn = norm(channels)
+        blocks, transitions = [], []
+        for stage, num_layers in enumerate(self.stage_sizes, start=2):
+            block = []
+            for i in range(1, num_layers + 1):
+                block.append(DenseLayer(channels, growth, self.momentum, name=f'conv{stage}_block{i}'))
+                channels += growth
+            blocks.append(block)
+            if stage < len(self.stage_sizes) + 1:
+                end = norm(channels, name=f'pool{stage}_bn')
+                channels //= 2
+                transitions.append((end, pointwise(channels, name=f'pool{stage}_conv')))
+        self.blocks, self.transitions = blocks, transitions
+        self.bn = norm(channels)
+        self.predictions = nn.Dense(self.num_classes)
+
     def __call__(self, images, *, train=False, return_features=False):
         """Classifies images.
 
@@ -205,66 +232,42 @@ class DenseNet(nn.Module):
             `feature_map`: [batch, (height + 3) // 32, (width + 3) // 32, channels] and
             `pooled`: float32 [batch, channels].
         """
-        if self.batch_norm not in ('train', 'frozen'):
-            raise ValueError(f"batch_norm is {self.batch_norm!r}: use 'train' or 'frozen'")
-        if self.remat not in ('none', 'dense_layers', 'full'):
-            raise ValueError(f"remat is {self.remat!r}: use 'none', 'dense_layers' or 'full'")
-        if self.head not in ('last', 'wide'):
-            raise ValueError(f"head is {self.head!r}: use 'last' or 'wide'")
-        use_batch_moments = train and self.batch_norm == 'train'
-        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.he_normal())
-
-        def norm_relu(x, name):
-            return BatchNorm(x.value.shape[-1], self.momentum, name=name)(x)
-
-        def feature_map(x):
-            return FeatureMap(x, batch_moments(x) if use_batch_moments else None)
-
-        def stem(_, images):
-            convolve = conv(
-                2 * self.growth_rate, (7, 7), conv_general_dilated=convolutions.stem_convolution, name='conv1_conv'
-            )
-            x = norm_relu(feature_map(convolve(images.astype(self.dtype))), 'conv1_bn')
-            return feature_map(convolutions.max_pool(x))
-
-        def dense_block(x, stage, num_layers):
-            growth = self.growth_rate
-            layers = [
-                DenseLayer(x.value.shape[-1] + i * growth, growth, self.momentum, name=f'conv{stage}_block{i + 1}')
-                for i in range(num_layers)
-            ]
-            parameters = [layer.parameters() for layer in layers]
-            running = [layer.running_moments() for layer in layers]
-            x, squeezed_moments = apply_dense_block(parameters, x, running, keep=self.remat == 'none')
-            if use_batch_moments:
-                for layer, moments in zip(layers, squeezed_moments, strict=True):
-                    layer.update(Moments(*(m[: layer.channels] for m in x.moments)), moments)
-            return x
-
-        def transition(_, x, stage):
-            end = norm_relu(x, f'pool{stage}_bn')
-            y = average_pool(end)
-            squeeze = conv(
-                y.shape[-1] // 2,
-                (1, 1),
-                conv_general_dilated=convolutions.pointwise_convolution,
-                name=f'pool{stage}_conv',
-            )
-            return feature_map(squeeze(y)), end
-
+        stem, transition = DenseNet._stem, DenseNet._transition
         if self.remat == 'full':
-            stem, transition = nn.remat(stem), nn.remat(transition, static_argnums=2)
-        x = stem(self, images)
+            stem, transition = nn.remat(stem, static_argnums=2), nn.remat(transition, static_argnums=(2, 3))
+        x = stem(self, images, train)
         ends = []  # of the stages
-        for stage, num_layers in enumerate(self.stage_sizes, start=2):
-            x = dense_block(x, stage, num_layers)
-            if stage < len(self.stage_sizes) + 1:
-                x, end = transition(self, x, stage)
+        for i, block in enumerate(self.blocks):
+            x = self._dense_block(x, block)
+            if i < len(self.transitions):
+                x, end = transition(self, x, i, train)
                 ends.append(end)
-        features = norm_relu(x, 'bn')
+        features = self.bn(x)
         pooled = mean_map(features) if self.head == 'last' else pool_widely([*ends[-2:], features])
-        logits = nn.Dense(self.num_classes, name='predictions')(pooled)
+        logits = self.predictions(pooled)
         return (logits, {'feature_map': features, 'pooled': pooled}) if return_features else logits
+
+    def _feature_map(self, x, train):
+        return FeatureMap(x, batch_moments(x) if train and self.batch_norm == 'train' else None)
+
+    def _stem(self, images, train):
+        x = self.conv1_bn(self._feature_map(self.conv1(images.astype(self.dtype)), train))
+        return self._feature_map(convolutions.max_pool(x), train)
+
+    def _dense_block(self, x, layers):
+        parameters = [layer.parameters() for layer in layers]
+        running = [layer.running_moments() for layer in layers]
+        x, squeezed_moments = apply_dense_block(parameters, x, running, keep=self.remat == 'none')
+        if x.moments is not None:
+            for layer, moments in zip(layers, squeezed_moments, strict=True):
+                layer.update(Moments(*(m[: layer.channels] for m in x.moments)), moments)
+        return x
+
+    def _transition(self, x, index, train):
+        """Returns the input of the next stage, and the end of this one: normalised and not yet averaged."""
+        norm, conv = self.transitions[index]
+        end = norm(x)
+        return self._feature_map(conv(average_pool(end)), train), end
 
 
 DenseNet121 = partial(DenseNet, stage_sizes=(6, 12, 24, 16))

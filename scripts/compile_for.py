@@ -16,7 +16,8 @@ os.environ['JAX_PLATFORMS'] = 'cpu'  # else JAX looks for the chip whose compile
 
 from absl import app, flags, logging
 
-from brain_jax import InputError, compiled, files, main, run_folder  # main has the flag config
+from brain_jax import InputError, compiled, files, main, run_folder, train  # main has the flag config
+from brain_jax.benchmark import text_book
 
 _TOPOLOGY = flags.DEFINE_string('topology', 'v5e:2x4', 'A TPU slice, kind and shape, or GPUs, kind and number: h100:8.')
 _BATCH = flags.DEFINE_integer('batch_per_chip', 128, 'Images of a step on each chip.', lower_bound=1)
@@ -38,7 +39,10 @@ def run(argv):
     output = pathlib.Path(_OUTPUT.value)
     try:
         run_folder.check_config(config)
-        report = compiled.compile_for(config, _TOPOLOGY.value, _BATCH.value, _SECOND_BATCH.value, _TEXT_BOOK.value)
+        network = text_book if _TEXT_BOOK.value else train
+        report = compiled.compile_for(
+            config, _TOPOLOGY.value, _BATCH.value, _SECOND_BATCH.value, create_model=network.create_model
+        )
         table = compiled.format_table(report)
         files.write_whole(output / 'compile_for.json', json.dumps(report, indent=2) + '\n')
         files.write_whole(output / 'compile_for.md', table)

@@ -41,14 +41,17 @@ def make_batch(config, mesh):
     return next(pipeline.prefetch([batch], parallel.split_over_data(mesh)))
 
 
-def prepare_brain_jax(config, is_text_book=False):
-    """Returns the devices, the network and the state of step 0, of the length and schedule of a whole run."""
+def prepare_brain_jax(config, contender='brain_jax'):
+    """Returns the devices, the network and the state of step 0, of the length and schedule of a whole run.
+
+    The network is ours or, where the contender is 'flax', that of `text_book`, made of Flax' own layers.
+    """
     from brain_jax import parallel, train
     from brain_jax.benchmark import text_book
 
     mesh = parallel.make_mesh()
     parallel.check_batch_sizes(config, mesh)
-    model = (text_book if is_text_book else train).create_model(config, NUM_CLASSES)
+    model = {'brain_jax': train, 'flax': text_book}[contender].create_model(config, NUM_CLASSES)
     steps_per_epoch = NUM_IMAGES / config.batch_size
     total_steps = round(config.num_epochs * steps_per_epoch)
     state, _, _ = train.create_train_state(
@@ -57,11 +60,11 @@ def prepare_brain_jax(config, is_text_book=False):
     return mesh, model, state
 
 
-def prepare_training(config, is_text_book=False):
+def prepare_training(config, contender='brain_jax'):
     """Returns the training step that a run makes, and what it is called with: (train_step, state, batch)."""
     from brain_jax import train
 
-    mesh, model, state = prepare_brain_jax(config, is_text_book)
+    mesh, model, state = prepare_brain_jax(config, contender)
     train_step = train.make_train_step(model, config, np.ones(NUM_CLASSES), mesh)
     return train_step, state, make_batch(config, mesh)
 
@@ -77,21 +80,18 @@ def repeat_training(train_step, state, batch):
     return step
 
 
-def train_brain_jax(settings, is_text_book=False):
-    """Makes a training step of brain_jax: augmentation, forward and backward pass, clipping, AdamW, statistics.
-
-    With `is_text_book` the network in it is that of `text_book`, made of Flax' own layers.
-    """
-    return repeat_training(*prepare_training(settings.config, is_text_book))
+def train_brain_jax(settings, contender='brain_jax'):
+    """Makes a training step of brain_jax: augmentation, forward and backward pass, clipping, AdamW, statistics."""
+    return repeat_training(*prepare_training(settings.config, contender))
 
 
-def infer_brain_jax(settings, is_text_book=False):
+def infer_brain_jax(settings, contender='brain_jax'):
     """Makes the step that answers for a finished run of brain_jax, from grey bytes to logits."""
     import jax
 
     from brain_jax import finished_run
 
-    mesh, model, state = prepare_brain_jax(settings.config, is_text_book)
+    mesh, model, state = prepare_brain_jax(settings.config, contender)
     logits_step = finished_run.make_logits_step(model, settings.config, mesh)
     variables = {'params': state.eval_params, 'batch_stats': state.batch_stats}
     batch = make_batch(settings.config, mesh)
@@ -220,7 +220,7 @@ def infer_openvino(settings, precision='f32'):
 STEPS = {
     'inference': {
         'brain_jax': infer_brain_jax,
-        'flax': functools.partial(infer_brain_jax, is_text_book=True),
+        'flax': functools.partial(infer_brain_jax, contender='flax'),
         'keras_tensorflow': infer_keras,
         'keras_jax': infer_keras,
         'torch': infer_torch,
@@ -232,7 +232,7 @@ STEPS = {
     },
     'train': {
         'brain_jax': train_brain_jax,
-        'flax': functools.partial(train_brain_jax, is_text_book=True),
+        'flax': functools.partial(train_brain_jax, contender='flax'),
         'keras_tensorflow': train_keras,
         'keras_jax': train_keras,
         'torch': train_torch,

@@ -87,7 +87,7 @@ def measure_memory(contender, settings):
     if contender not in ('brain_jax', 'flax'):
         yield {'resident_bytes': resident_growth(contenders.STEPS['train'][contender](settings))}
         return
-    train_step, state, batch = contenders.prepare_training(settings.config, is_text_book=contender == 'flax')
+    train_step, state, batch = contenders.prepare_training(settings.config, contender)
     program = train_step.lower(state, batch).compile()
     num_devices = len(batch['image'].devices())
     step = contenders.repeat_training(program, state, batch)
