@@ -134,9 +134,12 @@ def _backward(keep, residuals, grads):
     for layer, y, (running_0, running_1) in reversed(list(zip(layers, squeezed, running, strict=True))):
         block, new = _split(block, layer['0_bn']['scale'].size)
         grad, new_grad = _split(grad, layer['0_bn']['scale'].size)
-        # XLA does not see that these are 0, one an image, so it cannot take what it computed before the gradient was
-        # there for what is computed now, and keep it. Where the gradient is no number, nothing is worth saving.
-        zero = jnp.minimum(jnp.maximum(new_grad.value[:, :1, :1, :1], 0), 0)
+        # XLA for CPU does not see that these are 0, one an image, so it cannot take what it computed before the
+        # gradient was there for what is computed now, and keep it. Where the gradient is no number, nothing is worth
+        # saving. Elsewhere XLA computes again by itself, and with less traffic.
+        zero = jax.lax.platform_dependent(
+            new_grad.value[:, :1, :1, :1], cpu=lambda grad: jnp.minimum(jnp.maximum(grad, 0), 0), default=jnp.zeros_like
+        )
         x, moments = block.value + zero, block.moments or running_0
         if not keep:
             y = y._replace(value=_squeeze(layer['0_bn'], layer['1_conv'], x, moments))
