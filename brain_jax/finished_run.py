@@ -23,7 +23,7 @@ class Run(NamedTuple):
       dataset: a `pipeline.Dataset`.
       inputs: the same with what the network reads: in mode 'frozen' features for images.
       model: a `DenseNet`.
-      state: `TrainState` of the chosen checkpoint.
+      variables: `params`, averaged where the run averaged them, and `batch_stats` of the chosen checkpoint.
       mesh: the devices.
       logits_step: compiled function (variables, batch) -> logits, mask.
       step: number of the chosen checkpoint.
@@ -36,7 +36,7 @@ class Run(NamedTuple):
     dataset: pipeline.Dataset
     inputs: pipeline.Dataset
     model: models.DenseNet
-    state: train.TrainState
+    variables: dict
     mesh: jax.sharding.Mesh
     logits_step: Callable
     step: int
@@ -79,12 +79,8 @@ def load_run(workdir, data_dir=None, groups=None, *, images=None, pooled=None):
             f'{config.data_dir} has the classes {", ".join(dataset.class_names)}, but the run in {workdir} knows '
             f'{", ".join(run["class_names"])}'
         )
-    config.pretrained = ''  # the checkpoint has all weights
     mesh = parallel.make_mesh()
-    state, _, _ = train.create_train_state(config, model, mesh, total_steps=1, steps_per_epoch=1.0)
-    with checkpoints.open_checkpoints(workdir) as manager:
-        state, _ = checkpoints.restore(manager, state, summary['best_step'])
-
+    variables = load_variables(workdir, config, model, mesh, summary['best_step'])
     return Run(
         workdir=workdir,
         run=run,
@@ -92,12 +88,38 @@ def load_run(workdir, data_dir=None, groups=None, *, images=None, pooled=None):
         dataset=dataset,
         inputs=dataset if pooled is None else features.use_features(dataset, pooled),
         model=model,
-        state=state,
+        variables=variables,
         mesh=mesh,
         logits_step=make_logits_step(model, config, mesh),
         step=summary['best_step'],
-        checkpoint_sha256=checkpoints.content_hash([state.eval_params, state.batch_stats]),
+        checkpoint_sha256=checkpoints.content_hash([variables['params'], variables['batch_stats']]),
     )
+
+
+def load_variables(workdir, config, model, mesh, step):
+    """Loads what the network of a checkpoint is evaluated with.
+
+    Args:
+      workdir: the run's folder.
+      config: the run's configuration.
+      model: its `DenseNet`.
+      mesh: the devices to load onto.
+      step: number of the checkpoint.
+
+    Returns:
+      `params`, averaged where the run averaged them, and `batch_stats`.
+
+    Raises:
+      InputError: where the checkpoint is lost, damaged, or of another network.
+    """
+    variables = jax.eval_shape(lambda: train.init_variables(config, model))
+    if config.ema_decay:
+        variables = variables | {'ema_params': variables['params']}
+    everywhere = parallel.replicated(mesh)
+    variables = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), variables)
+    with checkpoints.open_checkpoints(workdir) as manager:
+        variables = checkpoints.restore_variables(manager, variables, step)
+    return {'params': variables.get('ema_params', variables['params']), 'batch_stats': variables['batch_stats']}
 
 
 def make_logits_step(model, config, mesh):
@@ -119,12 +141,11 @@ def predict(run, split):
     Returns:
       Logits float32 [n, classes], in the order of the split's examples.
     """
-    variables = {'params': run.state.eval_params, 'batch_stats': run.state.batch_stats}
     examples = getattr(run.inputs, split)
     batches = pipeline.sharded_eval_batches(examples, run.config.eval_batch_size, parallel.split_over_data(run.mesh))
     count = -(-len(examples) // run.config.eval_batch_size)
     parts = []
     for batch in tqdm.tqdm(batches, f'Answers to {split}', total=count, unit=' batches', disable=None):
-        logits, mask = jax.tree.map(np.asarray, run.logits_step(variables, batch))
+        logits, mask = jax.tree.map(np.asarray, run.logits_step(run.variables, batch))
         parts.append(logits[mask])
     return np.concatenate(parts)

@@ -15,7 +15,7 @@ import tensorflow as tf
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from brain_jax import InputError, train
+from brain_jax import InputError, interruption, train
 
 FLAGS = flags.FLAGS
 
@@ -63,6 +63,11 @@ def main(argv):
         train.train_and_evaluate(FLAGS.config, FLAGS.workdir or os.path.join('runs', FLAGS.config.mode))
     except (InputError, FloatingPointError) as error:
         sys.exit(f'error: {error}')
+    except interruption.Interrupted as error:
+        logging.warning('stopped: %s', error)
+        sys.exit(interruption.EXIT_CODE)
+    except KeyboardInterrupt:
+        sys.exit('error: stopped by Ctrl-C before there was anything to save')
 
 
 if __name__ == '__main__':

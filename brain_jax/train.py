@@ -26,6 +26,7 @@ from brain_jax import (
     augment,
     checkpoints,
     features,
+    interruption,
     metrics,
     models,
     optimizer,
@@ -36,14 +37,26 @@ from brain_jax import (
 )
 from brain_jax.data import phantom, pipeline
 
-PROGRESS = {'best_loss': None, 'evaluations_since_best': 0, 'wall_seconds': 0.0}  # what the host keeps
+PROGRESS = {  # what the host keeps
+    'best_loss': None,
+    'evaluations_since_best': 0,
+    'wall_seconds': 0.0,
+    'evaluation_missing': False,  # the run was stopped within it
+}
 
 
 class TrainState(train_state.TrainState):
-    """Step, parameters and optimiser state, with the running statistics and, where asked for, averaged parameters."""
+    """Step, parameters and optimiser state, and what else a run that is stopped must not lose.
+
+    Attributes:
+      batch_stats: the running statistics.
+      ema_params: averaged parameters, where asked for.
+      metrics: `TrainMetrics` of the steps since the last report.
+    """
 
     batch_stats: Any
     ema_params: Any = None
+    metrics: Any = None
 
     @property
     def eval_params(self):
@@ -104,6 +117,7 @@ def make_train_state(config, model, variables, *, total_steps, steps_per_epoch):
         tx=tx,
         batch_stats=variables['batch_stats'],
         ema_params=jax.tree.map(jnp.copy, params) if config.ema_decay else None,
+        metrics=metrics.TrainMetrics.empty(),
     )
     return state, schedule
 
@@ -152,7 +166,7 @@ def step_keys(config, step):
 
 
 def make_train_step(model, config, class_weights, mesh, feature_moments=None):
-    """Returns the compiled training step: (state, batch) -> (state, `TrainMetrics`, health).
+    """Returns the compiled training step: (state, batch) -> (state, health).
 
     `health`, float32 [3], is the mean loss and the norms of the gradients and of the new parameters and statistics:
     finite as long as every number is. The state is donated. In mode 'frozen' `feature_moments` are those of
@@ -220,10 +234,10 @@ def make_train_step(model, config, class_weights, mesh, feature_moments=None):
         health = jnp.stack(
             [jnp.mean(losses), gradient_norm, jnp.linalg.norm(ravel_pytree((state.params, state.batch_stats))[0])]
         )
-        return state, update, health
+        return state.replace(metrics=state.metrics.merge(update)), health
 
     everywhere = parallel.replicated(mesh)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(everywhere, everywhere, everywhere))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(everywhere, everywhere))
 
 
 def make_eval_step(model, config, mesh):
@@ -240,10 +254,12 @@ def make_eval_step(model, config, mesh):
     return jax.jit(eval_step, out_shardings=parallel.replicated(mesh))
 
 
-def evaluate(eval_step, state, examples, config, mesh):
-    """Returns the scores of a split (accuracy, macro_f1, loss, n) and its confusion matrix."""
+def evaluate(eval_step, state, examples, config, mesh, stop=None):
+    """Returns the scores of a split (accuracy, macro_f1, loss, n) and its confusion matrix; None, None if stopped."""
     total = None
     for batch in pipeline.sharded_eval_batches(examples, config.eval_batch_size, parallel.split_over_data(mesh)):
+        if stop is not None and stop.is_set():
+            return None, None
         update = eval_step(state.eval_params, state.batch_stats, batch)
         total = update if total is None else total.merge(update)
     return metrics.summarize(total)
@@ -285,7 +301,7 @@ def check_health(step, health, manager):
     loss, gradient_norm, parameter_norm = np.asarray(health)
     for value, name in ((loss, 'loss'), (gradient_norm, 'gradient norm'), (parameter_norm, 'parameter norm')):
         if not np.isfinite(value):
-            manager.wait_until_finished()
+            checkpoints.wait_until_saved(manager)
             latest = manager.latest_step()
             good = (
                 'There is no checkpoint yet' if latest is None else f'The last good checkpoint is that of step {latest}'
@@ -297,10 +313,26 @@ def check_health(step, health, manager):
 
 
 def update_progress(progress, validation):
-    """Returns the host's progress after an evaluation."""
+    """Returns the host's progress after an evaluation, or after one that was stopped: `validation` is None."""
+    progress = progress | {'evaluation_missing': validation is None}
+    if validation is None:
+        return progress
     if progress['best_loss'] is None or validation['loss'] < progress['best_loss']:
         return progress | {'best_loss': validation['loss'], 'evaluations_since_best': 0}
     return progress | {'evaluations_since_best': progress['evaluations_since_best'] + 1}
+
+
+def validate(config, state, dataset, mesh, eval_step, writer, progress, stop):
+    """Evaluates on the validation images; returns their scores, None where it was stopped, and the new progress."""
+    scores, confusion = evaluate(eval_step, state, dataset.validation, config, mesh, stop)
+    if scores is not None:
+        training_log.write_scores(writer, int(state.step), 'validation', scores, confusion, dataset.class_names)
+    return scores, update_progress(progress, scores)
+
+
+def save(manager, state, progress, validation, start_time):
+    """Saves a checkpoint, with the time that the run has taken."""
+    checkpoints.save(manager, state, progress | {'wall_seconds': time.monotonic() - start_time}, validation)
 
 
 def train(
@@ -317,6 +349,7 @@ def train(
     writer,
     progress,
     start_time,
+    stop,
 ):
     """Runs the training loop from `state.step` to `total_steps`, or until early stopping.
 
@@ -333,13 +366,19 @@ def train(
       writer: a CLU `MetricWriter`.
       progress: as the last checkpoint holds it, or `PROGRESS`.
       start_time: of the run, on the monotonic clock, less pauses.
+      stop: of `interruption.watch_signals`.
 
     Returns:
       The last state.
 
     Raises:
       FloatingPointError: when the loss, a gradient or a parameter is no longer finite.
+      InputError: when a checkpoint cannot be written.
+      Interrupted: when a signal asked to stop; what was learned is saved.
     """
+    if progress['evaluation_missing']:
+        validation, progress = validate(config, state, dataset, mesh, eval_step, writer, progress, stop)
+        save(manager, state, progress, validation, start_time)
     if config.early_stopping and progress['evaluations_since_best'] >= config.early_stopping:
         return state  # the run was stopped early before it was resumed
     start_step = int(state.step)
@@ -357,22 +396,22 @@ def train(
     )  # fmt: skip
     batches = pipeline.Timed(pipeline.prefetch(batches, parallel.split_over_data(mesh)))
     bar = tqdm.tqdm(batches, 'Training', total_steps, initial=start_step, unit=' steps', disable=None)
-    collected, last_health = None, None
+    last_health = None
     log_step, log_time = start_step, time.monotonic()
     for step, batch in enumerate(bar, start_step + 1):
         if step == 1 and config.mode != 'frozen':
             key_augment, _ = step_keys(config, 0)
             training_log.write_augmented(writer, 0, key_augment, batch, config.augment)
         with jax.profiler.StepTraceAnnotation('train', step_num=step):
-            state, update, health = train_step(state, batch)
+            state, health = train_step(state, batch)
         if last_health is not None:  # of the step before, so that the device has its next step while the host looks
             check_health(step - 1, last_health, manager)
         last_health = health
-        collected = update if collected is None else collected.merge(update)
         for hook in hooks:
             hook(step)
         if is_due(step, config.log_every_steps, total_steps):
-            values = {name: float(value) for name, value in collected.compute().items()}
+            values = {name: float(value) for name, value in state.metrics.compute().items()}
+            state = state.replace(metrics=jax.device_put(metrics.TrainMetrics.empty(), parallel.replicated(mesh)))
             seconds = time.monotonic() - log_time
             values |= {
                 'learning_rate': float(schedule(step - 1)),
@@ -381,20 +420,22 @@ def train(
             }
             writer.write_scalars(step, {f'train_{name}': value for name, value in values.items()})
             bar.set_postfix(loss=f'{values["loss"]:.3f}', accuracy=f'{values["accuracy"]:.3f}', refresh=False)
-            collected, log_step, log_time = None, step, time.monotonic()
+            log_step, log_time = step, time.monotonic()
         validation = None
         if dataset.validation is not None and is_due(step, eval_every, total_steps):
             check_health(step, health, manager)
             pause_time = time.monotonic()
-            validation, confusion = evaluate(eval_step, state, dataset.validation, config, mesh)
-            training_log.write_scores(writer, step, 'validation', validation, confusion, dataset.class_names)
-            progress = update_progress(progress, validation)
+            validation, progress = validate(config, state, dataset, mesh, eval_step, writer, progress, stop)
             log_time += time.monotonic() - pause_time  # evaluation is no part of the training speed
-        stop = config.early_stopping and progress['evaluations_since_best'] >= config.early_stopping
-        if validation or stop or is_due(step, config.checkpoint_every_steps, total_steps):
+        is_asked_to_stop = interruption.is_asked_to_stop(stop, step)
+        if validation or is_asked_to_stop or is_due(step, config.checkpoint_every_steps, total_steps):
             check_health(step, health, manager)
-            checkpoints.save(manager, state, progress | {'wall_seconds': time.monotonic() - start_time}, validation)
-        if stop:
+            save(manager, state, progress, validation, start_time)
+        if is_asked_to_stop:
+            raise interruption.Interrupted(
+                f'step {step} of {total_steps} is saved: the same command goes on from there'
+            )
+        if config.early_stopping and progress['evaluations_since_best'] >= config.early_stopping:
             logging.info('step %d: stopped early', step)
             break
     return state
@@ -402,7 +443,7 @@ def train(
 
 def final_scores(config, state, dataset, mesh, eval_step, manager, writer):
     """Evaluates the best checkpoint on validation and, for the first and only time, on the test split."""
-    manager.wait_until_finished()
+    checkpoints.wait_until_saved(manager)
     best_step = manager.best_step()
     if best_step is not None and best_step != int(state.step):
         state, _ = checkpoints.restore(manager, state, best_step)
@@ -432,6 +473,7 @@ def train_and_evaluate(config, workdir, images=None):
     Raises:
       InputError: for configurations, data and weights that cannot be used.
       FloatingPointError: when a loss, gradient or parameter is no longer finite.
+      Interrupted: when a signal asked to stop; the same call goes on.
     """
     start_time = time.monotonic()
     workdir = pathlib.Path(workdir)
@@ -459,6 +501,7 @@ def train_and_evaluate(config, workdir, images=None):
         dataset = features.use_features(dataset, pooled)
         feature_moments = features.measure_moments(dataset.train)
 
+    checkpoints.remove_damaged(workdir)
     writer = training_log.create_writer(workdir)
     with checkpoints.open_checkpoints(workdir) as manager, metric_writers.ensure_flushes(writer):
         progress = PROGRESS
@@ -470,17 +513,19 @@ def train_and_evaluate(config, workdir, images=None):
         start_time -= progress['wall_seconds']  # what the run has taken before it was stopped
         weights = balanced_weights(dataset) if config.class_weights == 'balanced' else np.ones(model.num_classes)
         eval_step = make_eval_step(model, config, mesh)
-        state = train(
-            *(config, state, dataset, mesh),
-            train_step=make_train_step(model, config, weights, mesh, feature_moments),
-            eval_step=eval_step,
-            schedule=schedule,
-            total_steps=total_steps,
-            manager=manager,
-            writer=writer,
-            progress=progress,
-            start_time=start_time,
-        )
+        with interruption.watch_signals() as stop:
+            state = train(
+                *(config, state, dataset, mesh),
+                train_step=make_train_step(model, config, weights, mesh, feature_moments),
+                eval_step=eval_step,
+                schedule=schedule,
+                total_steps=total_steps,
+                manager=manager,
+                writer=writer,
+                progress=progress,
+                start_time=start_time,
+                stop=stop,
+            )
         scores = final_scores(config, state, dataset, mesh, eval_step, manager, writer)
 
     summary = scores | {

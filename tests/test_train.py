@@ -17,7 +17,7 @@ from sklearn import metrics as sklearn_metrics
 from tensorboard.backend.event_processing import event_accumulator
 from tensorboard.util import tensor_util
 
-from brain_jax import InputError, checkpoints, models, parallel, run_folder, train
+from brain_jax import InputError, checkpoints, finished_run, models, parallel, run_folder, train
 from brain_jax.data import phantom, pipeline
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -56,12 +56,7 @@ def run(config, workdir):
 
 
 def load_variables(config, workdir, step):
-    mesh = parallel.make_mesh()
-    model = train.create_model(config, 4)
-    state, _, _ = train.create_train_state(config, model, mesh, total_steps=6, steps_per_epoch=3.0)
-    with checkpoints.open_checkpoints(workdir) as manager:
-        state, _ = checkpoints.restore(manager, state, step)
-    return {'params': state.eval_params, 'batch_stats': state.batch_stats}
+    return finished_run.load_variables(workdir, config, train.create_model(config, 4), parallel.make_mesh(), step)
 
 
 def assert_trees_equal(first, second):
@@ -214,8 +209,8 @@ def one_step(config, batch, class_weights=(1, 1, 1, 1)):
     model = train.create_model(config, 4)
     state, _, _ = train.create_train_state(config, model, mesh, total_steps=10, steps_per_epoch=5.0)
     before = jax.tree.map(np.asarray, {'params': state.params, 'batch_stats': state.batch_stats})
-    state, update, health = train.make_train_step(model, config, class_weights, mesh)(state, batch)
-    return model, before, state, update.compute(), np.asarray(health)
+    state, health = train.make_train_step(model, config, class_weights, mesh)(state, batch)
+    return model, before, state, state.metrics.compute(), np.asarray(health)
 
 
 STILL = {'rotation': 0.0, 'zoom': 0.0, 'shift': 0.0, 'brightness': 0.0, 'flip_horizontal': False}
@@ -297,7 +292,7 @@ def test_step_is_compiled_once():
     for batch in pipeline.prefetch(
         [make_batch(np.random.default_rng(i)) for i in range(3)], parallel.split_over_data(mesh)
     ):
-        state, _, _ = step(state, batch)
+        state, _ = step(state, batch)
     assert step._cache_size() == 1
 
 

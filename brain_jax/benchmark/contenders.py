@@ -75,7 +75,7 @@ def repeat_training(train_step, state, batch):
 
     def step():
         nonlocal state
-        state, _, _ = jax.block_until_ready(train_step(state, batch))
+        state, _ = jax.block_until_ready(train_step(state, batch))
 
     return step
 

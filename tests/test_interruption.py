@@ -1,0 +1,121 @@
+"""Runs that are stopped by real signals, in real processes."""
+
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from test_train import TINY, assert_trees_equal, command, load_variables, make_config, read_scalars, run
+
+from brain_jax import interruption
+from brain_jax.data import phantom
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+# What is kept beside the parameters is all in use, and no cadence divides another.
+CHANGES = TINY | {
+    'num_epochs': 30.0,
+    'batch_size': 8,
+    'gradient_accumulation': 2,
+    'mixup': 0.2,
+    'ema_decay': 0.9,
+    'log_every_steps': 7,
+    'checkpoint_every_steps': 11,
+    'eval_every_epochs': 7.3,
+}
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data')
+    phantom.make_phantom(folder / 'phantom', train_per_class=16, test_per_class=5, image_size=32)
+    return {'data_dir': str(folder / 'phantom'), 'prepared_dir': str(folder / 'prepared')}
+
+
+def start(changes, workdir):
+    return subprocess.Popen(command(changes, workdir), cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_checkpoint(process, workdir, after=-1):
+    """Waits until there is a checkpoint of a later step than `after`; returns the step."""
+    deadline = time.monotonic() + 240
+    while True:
+        steps = [int(path.name) for path in workdir.glob('checkpoints/[0-9]*') if path.name.isdigit()]
+        if max(steps, default=-1) > after:
+            return max(steps)
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        time.sleep(0.01)
+
+
+def test_stopped_and_resumed_is_never_stopped(data, tmp_path):
+    step, steps = -1, []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+        process = start(CHANGES | data, tmp_path / 'stopped')
+        wait_for_checkpoint(process, tmp_path / 'stopped', step)
+        time.sleep(0.05)
+        process.send_signal(number)
+        _, log = process.communicate(timeout=60)
+        assert process.returncode == interruption.EXIT_CODE, log
+        assert 'Traceback' not in log and f'{number.name}: finishing the step' in log
+        step = wait_for_checkpoint(process, tmp_path / 'stopped', step)
+        steps.append(step)
+        assert f'stopped: step {step} of ' in log
+    assert any(step % 7 and step % 11 for step in steps), steps
+
+    config = make_config(data, **CHANGES)
+    summary, variables = run(config, tmp_path / 'stopped')
+    expected_summary, expected = run(config, tmp_path / 'whole')
+    assert_trees_equal(variables, expected)
+    for name in ('best_step', 'steps', 'test', 'validation'):
+        assert summary[name] == expected_summary[name]
+    scalars, expected_scalars = (read_scalars(tmp_path / name)[0] for name in ('stopped', 'whole'))
+    for tag in expected_scalars:
+        if not any(word in tag for word in ('per_sec', 'waiting', 'uptime')):
+            assert scalars[tag] == expected_scalars[tag], tag
+
+
+def test_second_interrupt_stops_at_once(data, tmp_path):
+    process = start(CHANGES | data | {'num_epochs': 1000.0, 'checkpoint_every_steps': 1}, tmp_path)
+    wait_for_checkpoint(process, tmp_path)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.001)
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == interruption.EXIT_CODE and 'Traceback' not in log
+
+
+@pytest.mark.parametrize(
+    ('numbers', 'message'),
+    [
+        (['SIGTERM'], 'error: the step did not finish within 1 s of the signal'),
+        (['SIGINT', 'SIGINT'], 'error: stopped at once by a second SIGINT'),
+    ],
+)
+def test_compiled_code_does_not_hold_a_signal_up(numbers, message):
+    program = f"""if True:
+        import hashlib, os, signal, threading, time
+        from brain_jax import interruption
+        interruption.GRACE_SECONDS = 1
+        def ask():
+            for number in {numbers}:
+                time.sleep(0.5)
+                os.kill(os.getpid(), signal.Signals[number])
+        with interruption.watch_signals() as stop:
+            threading.Thread(target=ask).start()
+            hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)  # minutes without a look at Python's handlers
+    """
+    process = subprocess.run(
+        [sys.executable, '-c', program], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+    )
+    assert process.returncode == interruption.EXIT_CODE, process.stderr
+    assert message in process.stderr and 'Traceback' not in process.stderr
+
+
+def test_handlers_are_those_from_before():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with interruption.watch_signals() as stop:
+        assert not interruption.is_asked_to_stop(stop, 1)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.wait(10) and interruption.is_asked_to_stop(stop, 1)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
