@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test lint format clean
+.PHONY: help .venv demo test soak lint format clean
 
 help:  ## Say what there is
 	@sed -nE 's/^([a-z.]+):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -17,6 +17,9 @@ demo: .venv/installed  ## Train on generated images into runs/demo; needs no dat
 
 test: lint  ## Check the style and run the tests
 	$(BIN)/python -m pytest
+
+soak: .venv/installed-test  ## Run the long tests of what may go wrong: half an hour
+	$(BIN)/python -m pytest -m soak -s
 
 lint: .venv/installed-test  ## Check the style
 	$(BIN)/ruff check

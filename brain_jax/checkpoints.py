@@ -89,6 +89,8 @@ def save(manager, state, progress, validation=None):
     Raises:
       InputError: where this checkpoint, or the one before, cannot be written.
     """
+    if not os.path.isdir(manager.directory):  # Orbax would make it anew, and the rest of the run would be missing
+        raise InputError(f'{manager.directory} is gone: bring the workdir back, and give the same command')
     step = int(state.step)
     variables, training = split_state(state)
     with _explain_failure(manager):
@@ -123,8 +125,8 @@ def _explain_failure(manager):
     try:
         yield
     except Exception as error:  # OSError and ValueError, with a status in its text, at least
-        steps = [folder for folder in os.listdir(manager.directory) if folder.isdigit()]
-        last = f'that of step {max(map(int, steps))} is the last good one' if steps else 'there is none yet'
+        steps = [int(path.name) for path in pathlib.Path(manager.directory).glob('*') if path.name.isdigit()]
+        last = f'that of step {max(steps)} is the last good one' if steps else 'there is none yet'
         raise InputError(f'a checkpoint cannot be saved in {manager.directory}: {_reason(error)}; {last}') from error
 
 

@@ -43,6 +43,9 @@ def is_worth_reading(record):
     # Not every checkpoint is one that was validated; and what goes to TensorBoard need not be announced.
     if record.getMessage().startswith('Requested `tracked_metric`') or str(record.msg).startswith('[%d]%s Got '):
         return False
+    # What fails in their threads is raised, too, and told in one line; here it has a stack trace for every array.
+    if record.levelno >= logging.converter.STANDARD_ERROR:
+        return not any(name in record.pathname for name in ('/orbax/', '/clu/', '/asyncio/'))
     return record.levelno > logging.converter.STANDARD_INFO or not any(name in record.pathname for name in chatty)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 import tqdm
 from absl import logging
-from clu import metric_writers, periodic_actions
+from clu import periodic_actions
 from flax.training import train_state
 from jax.flatten_util import ravel_pytree
 
@@ -502,8 +502,7 @@ def train_and_evaluate(config, workdir, images=None):
         feature_moments = features.measure_moments(dataset.train)
 
     checkpoints.remove_damaged(workdir)
-    writer = training_log.create_writer(workdir)
-    with checkpoints.open_checkpoints(workdir) as manager, metric_writers.ensure_flushes(writer):
+    with checkpoints.open_checkpoints(workdir) as manager, training_log.open_writer(workdir) as writer:
         progress = PROGRESS
         if manager.latest_step() is None:
             training_log.write_start(writer, config, state.params)

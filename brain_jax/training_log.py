@@ -1,24 +1,39 @@
 """What a run tells while it trains: TensorBoard's files, and lines for whoever looks on."""
 
+import contextlib
 import sys
 
 import flax.traverse_util
 import jax
 import numpy as np
 from absl import logging
-from clu import metric_writers, parameter_overview
+from clu import asynclib, metric_writers, parameter_overview
 
-from brain_jax import augment, metrics
+from brain_jax import InputError, augment, metrics
 
 
-def create_writer(workdir):
-    """Returns the CLU writer: TensorBoard files, and plain lines where no progress bar shows."""
+@contextlib.contextmanager
+def open_writer(workdir):
+    """Yields the CLU writer, which writes in the background: TensorBoard files, and lines where no progress bar shows.
+
+    Raises:
+      InputError: where TensorBoard's files cannot be written.
+    """
     writers = []
     if jax.process_index() == 0:
         writers.append(metric_writers.SummaryWriter(str(workdir)))
     if not sys.stderr.isatty():
         writers.append(metric_writers.LoggingWriter())
-    return metric_writers.AsyncMultiWriter(writers)
+    writer = metric_writers.AsyncMultiWriter(writers)
+    try:
+        with metric_writers.ensure_flushes(writer):
+            yield writer
+    except asynclib.AsyncError as error:  # around TensorFlow's, whose first line names the operation and the file
+        reason = str(error.__cause__).splitlines()[0].rpartition('; ')[2]
+        raise InputError(
+            f"TensorBoard's files in {workdir} cannot be written: {reason}; the checkpoints that are saved stand, and "
+            'the same command goes on from the latest'
+        ) from error
 
 
 def hyperparameters(config):

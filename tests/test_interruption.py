@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from test_train import TINY, assert_trees_equal, command, load_variables, make_config, read_scalars, run
+from test_train import TINY, assert_trees_equal, command, make_config, read_scalars, run
 
 from brain_jax import interruption
 from brain_jax.data import phantom

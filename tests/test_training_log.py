@@ -22,12 +22,11 @@ def test_event_files_hold_images_and_scores(tmp_path):
     still = dict.fromkeys(('rotation', 'zoom', 'shift', 'brightness', 'contrast'), 0.0)
     settings = ml_collections.ConfigDict(still | {'flip_horizontal': False, 'flip_vertical': False})
     images = np.random.default_rng(0).integers(0, 256, (20, 8, 8), np.uint8)
-    writer = training_log.create_writer(tmp_path)
     batch = {'image': images, 'index': np.arange(20, dtype=np.int32)}
-    training_log.write_augmented(writer, 0, jax.random.key(0), batch, settings)
     scores = {'accuracy': 0.75, 'macro_f1': 0.7, 'loss': 0.5, 'n': 4}
-    training_log.write_scores(writer, 6, 'test', scores, np.array([[2, 1], [0, 1]]), ('glioma', 'notumor'))
-    writer.close()
+    with training_log.open_writer(tmp_path) as writer:
+        training_log.write_augmented(writer, 0, jax.random.key(0), batch, settings)
+        training_log.write_scores(writer, 6, 'test', scores, np.array([[2, 1], [0, 1]]), ('glioma', 'notumor'))
 
     events = event_accumulator.EventAccumulator(str(tmp_path), {event_accumulator.TENSORS: 0})
     events.Reload()
