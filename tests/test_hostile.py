@@ -53,8 +53,8 @@ def reader_process(tmp_path_factory):
         yield read
         process.stdin.close()
     ended = [result for result in results if 'seconds' in result]
-    print(f'\nof {len(ended)} files the slowest took {max(result["seconds"] for result in ended):.2f} s, '
-          f'and the largest {max(result["bytes"] for result in ended) / 1e6:.0f} MB')  # fmt: skip
+    seconds, size = (max(result[field] for result in ended) for field in ('seconds', 'bytes'))
+    print(f'\nof {len(ended)} files the slowest took {seconds:.2f} s, and the largest {size / 1e6:.0f} MB')
 
 
 def tree(folder):
