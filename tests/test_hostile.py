@@ -133,9 +133,21 @@ def test_a_bomb_is_one():
     assert len(deflated(2**31)) < 2**22
 
 
-def deflate_bomb(file, name, folder):
-    chunk = file.create_dataset(name, (2,), 'f4', chunks=(64,), maxshape=(None,), compression='gzip')
-    chunk.id.write_direct_chunk((0,), deflated(2**31))
+def chunked_head(chunks, classes, content=None, **options):
+    """Returns a function that makes weights with a head, whose number of classes is free, in chunks."""
+
+    def make(folder):
+        path = seeds.write_keras(folder / 'model.h5')
+        kernel, bias = (seeds.KERAS_NAMES[f'params/predictions/{leaf}'] for leaf in ('kernel', 'bias'))
+        with h5py.File(path, 'r+') as file:
+            del file[kernel], file[bias]
+            file[bias] = np.ones(classes, np.float32)
+            kernel = file.create_dataset(kernel, (2, classes), 'f4', chunks=chunks, **options)
+            if content:
+                kernel.id.write_direct_chunk((0, 0), content)
+        return path
+
+    return make
 
 
 def deep_groups(file, name, folder):
@@ -232,7 +244,8 @@ HDF5 = {
     'shape of four terabytes': (put((2**40,), 'f4'), '1 of a wrong shape: params/bn/scale [1099511627776]'),
     'array that was never written': (put((2,), 'f4'), NOT_PLAIN),
     'chunk of two gigabytes': (put((2,), 'f4', chunks=(2**29,), maxshape=(None,)), NOT_PLAIN),
-    'bomb in a compressed chunk': (spoil(deflate_bomb), NOT_PLAIN),
+    'bomb in a compressed chunk': (chunked_head((2, 1000), 1000, deflated(2**31), compression='gzip'), NOT_PLAIN),
+    'a million chunks': (chunked_head((1, 1), 500_000), NOT_PLAIN),
     'head of 100 million classes': (wide_head, 'params/predictions/kernel [2, 100000000] instead of'),
     'groups 3,000 deep': (spoil(deep_groups), 'groups 32 deep'),
     'groups, 21,000': (spoil(many_groups), 'more than 20000 groups'),
