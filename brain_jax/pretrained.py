@@ -19,6 +19,7 @@ import dataclasses
 import hashlib
 import http.client
 import io
+import itertools
 import os
 import pathlib
 import re
@@ -53,8 +54,13 @@ PUBLISHED_MD5 = {
 }
 
 TORCH_EPSILON = 1e-5
-MAX_CLASSES = 50_000  # a small HDF5 file can claim an array of any size
-MAX_ZIPPED_BYTES = 2**30  # of model.weights.h5 in a .keras file: DenseNet201 with the state of Adam takes 250 MB
+# What a file may claim. DenseNet201 with the state of Adam takes 250 MB and has 3,600 groups and arrays.
+MAX_BYTES = 2**29  # of a file, and of model.weights.h5 in a .keras file
+MAX_OBJECTS = 20_000  # groups and arrays
+MAX_DEPTH = 32  # of groups in groups
+MAX_HEADER = 2**20  # bytes of the header of a safetensors file (2**17 for DenseNet201), or of a zip file's directory
+MAX_HEAD = 2**25  # values of the head's kernel: 32,768 classes on 1024 channels
+MAX_MESSAGE = 100_000  # characters; the names of all arrays of DenseNet201 fit in
 
 BATCH_NORM_LEAVES = ('scale', 'bias', 'mean', 'var')  # in the order in which Keras keeps them
 KERAS_LEAVES = {'gamma': 'scale', 'beta': 'bias', 'moving_mean': 'mean', 'moving_variance': 'var'}
@@ -184,17 +190,18 @@ def _read_weights(source, expected):
     path = _published_file(expected) if source == 'imagenet' else pathlib.Path(source).expanduser()
     if not path.is_file():
         raise InputError(f"{path}: no such weights file; give a .h5, .keras or .safetensors file, or 'imagenet'")
+    with _open_arrays(path) as (arrays, layout):
+        expected = expected or _model_shapes(_model_name(arrays))
+        arrays = _name_head(arrays, expected)
+        _check(arrays, expected)
+        with np.errstate(over='ignore'):  # what float32 cannot hold becomes infinite
+            flat = {name: array.read().astype(np.float32, copy=False) for name, array in sorted(arrays.items())}
+        bad = [name for name, array in flat.items() if not np.isfinite(array).all()]
+        if bad:
+            raise InputError(f'{len(bad)} arrays hold values that are not finite numbers: {", ".join(bad)}')
     published = _published_names().get(path.name)
     if published and _digest(path, 'md5') != published:
         logging.warning('%s is not byte for byte the published file of this name (MD5 %s)', path, published)
-    with _open_arrays(path) as (arrays, layout):
-        expected = expected or _model_shapes(_model_name(path, arrays))
-        arrays = _name_head(arrays, expected)
-        _check(path, arrays, expected)
-        flat = {name: array.read().astype(np.float32, copy=False) for name, array in sorted(arrays.items())}
-    bad = [name for name, array in flat.items() if not np.isfinite(array).all()]
-    if bad:
-        raise InputError(f'{path}: {len(bad)} arrays hold values that are not finite numbers: {", ".join(bad)}')
     weights = Weights(flax.traverse_util.unflatten_dict(flat, sep='/'), str(path), _digest(path, 'sha256'), layout)
     values = sum(array.size for array in flat.values())
     logging.info('read %d values in %d arrays from %s (layout %s)', values, len(flat), path, layout)
@@ -233,11 +240,11 @@ def _known_model(paths):
     return next((name for name in MODELS if STAGE_SIZES[name] == sizes), None)
 
 
-def _model_name(path, arrays):
+def _model_name(arrays):
     """Returns the name of the model that a file holds; raises `InputError` for any other."""
     name = _known_model(arrays)
     if name is None:
-        raise InputError(f'{path}: holds none of {", ".join(MODELS)} (layers in its blocks: {_stage_sizes(arrays)})')
+        raise InputError(f'holds none of {", ".join(MODELS)} (layers in its blocks: {_stage_sizes(arrays)})')
     return name
 
 
@@ -250,19 +257,20 @@ def _name_head(arrays, expected):
     return {re.sub(f'^{re.escape(dense[0])}(?=/)', 'params/predictions', path): array for path, array in arrays.items()}
 
 
-def _check(path, arrays, expected):
+def _check(arrays, expected):
     """Raises one `InputError` with all that is wrong with the names and shapes of `arrays`."""
     held, wanted = _known_model(arrays), _known_model(expected)
     if held and wanted and held != wanted:
-        raise InputError(f'{path}: holds a {held}, the model is {wanted}')
+        raise InputError(f'holds a {held}, the model is {wanted}')
     expected = dict(expected)
     if not any(name in arrays for name in HEAD):
         expected = {name: shape for name, shape in expected.items() if name not in HEAD}
-    elif HEAD[0] in arrays:
+    elif HEAD[0] in arrays and len(arrays[HEAD[0]].shape) == 2:
         # The number of classes is free, and the head is narrow or wide.
-        rows, classes = arrays[HEAD[0]].shape[0], min(arrays[HEAD[0]].shape[-1], MAX_CLASSES)
+        rows, classes = arrays[HEAD[0]].shape
         ends = [expected[f'params/{name}/scale'][0] for name in ('pool3_bn', 'pool4_bn', 'bn')]
         channels = rows if rows in models.head_channels(ends).values() else expected[HEAD[0]][0]
+        classes = min(classes, MAX_HEAD // channels)
         expected |= {HEAD[0]: (channels, classes), HEAD[1]: (classes,)}
     problems = {
         'missing': sorted(expected.keys() - arrays.keys()),
@@ -275,7 +283,7 @@ def _check(path, arrays, expected):
     }
     text = '; '.join(f'{len(names)} {kind}: {", ".join(names)}' for kind, names in problems.items() if names)
     if text:
-        raise InputError(f'{path}: arrays do not fit the {wanted or "model"}: {text}')
+        raise InputError(f'arrays do not fit the {wanted or "model"}: {text}')
 
 
 # The files.
@@ -284,44 +292,59 @@ def _check(path, arrays, expected):
 @contextlib.contextmanager
 def _open_arrays(path):
     """Yields ({path: `_Array`}, layout) of an open file; whatever is wrong with its bytes becomes an `InputError`."""
-    with path.open('rb') as file:
-        start = file.read(8)
     try:
+        with path.open('rb') as file:
+            start = file.read(8)
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError(f'larger than {MAX_BYTES >> 20} MiB, which no file of a DenseNet is')
         if start == b'\x89HDF\r\n\x1a\n':
             with h5py.File(path, 'r') as file:
                 yield _keras_arrays(file)
         elif start.startswith(b'PK'):
-            with h5py.File(io.BytesIO(_zipped_weights(path)), 'r') as file:
+            with h5py.File(_zipped_weights(path), 'r') as file:
                 yield _keras_arrays(file)
         else:
+            if (size := int.from_bytes(start, 'little')) > MAX_HEADER:
+                raise ValueError(f'as safetensors it would have a header of {size:,} bytes')
             with safetensors.safe_open(path, 'numpy') as file:
                 yield _safetensors_arrays(file)
     except InputError as error:
-        if str(error).startswith(str(path)):
-            raise
-        raise InputError(f'{path}: {error}') from error
-    except (OSError, RuntimeError, LookupError, ValueError, TypeError, NotImplementedError) as error:
-        raise _unreadable(path, error) from error
-    except (zipfile.BadZipFile, safetensors.SafetensorError) as error:
-        raise _unreadable(path, error) from error
+        raise InputError(f'{path}: {_printable(error)}') from error
+    except Exception as error:  # on hostile bytes the libraries raise nearly anything
+        reason = _printable(error) or type(error).__name__
+        raise InputError(
+            f'{path}: damaged, or no Keras or safetensors weights file ({reason}); fetch or save it again'
+        ) from error
 
 
-def _unreadable(path, error):
-    """Returns the `InputError` for a file that a library could not read."""
-    reason = ' '.join(str(error).split())
-    return InputError(f'{path}: damaged, or no Keras or safetensors weights file ({reason}); fetch or save it again')
+def _printable(error):
+    """Returns an error's message as one line: the names in it come from the file."""
+    text = ' '.join(''.join(letter if letter.isprintable() else ' ' for letter in str(error)).split())
+    return text if len(text) <= MAX_MESSAGE else f'{text[:MAX_MESSAGE]} ... and more'
 
 
 def _zipped_weights(path):
-    """Returns the HDF5 file inside a `.keras` file."""
+    """Returns the HDF5 file inside a `.keras` file, in memory; no other member is read, whatever its name."""
+    with path.open('rb') as file:
+        # The directory stands at the end. zipfile reads all of it first, however long.
+        file.seek(max(path.stat().st_size - 42, 0))
+        tail = file.read().rjust(42)
+    if tail[20:24] != b'PK\5\6':
+        raise zipfile.BadZipFile('truncated, or with a comment at the end')
+    if int.from_bytes(tail[32:36], 'little') > MAX_HEADER or tail.startswith(b'PK\6\7'):
+        raise InputError('a zip file of too many members')
     with zipfile.ZipFile(path) as archive:
         if 'model.weights.h5' not in archive.namelist():
             raise InputError('a zip file without model.weights.h5; of PyTorch only .safetensors files are read')
-        with archive.open('model.weights.h5') as member:
-            data = member.read(MAX_ZIPPED_BYTES + 1)
-    if len(data) > MAX_ZIPPED_BYTES:
-        raise InputError(f'model.weights.h5 is larger than {MAX_ZIPPED_BYTES} bytes')
-    return data
+        member = archive.getinfo('model.weights.h5')
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise InputError('model.weights.h5 is compressed in an unusual way; zip it again')
+        if member.file_size > MAX_BYTES:  # zipfile reads no more than that
+            raise InputError(f'model.weights.h5 is larger than {MAX_BYTES >> 20} MiB')
+        content = io.BytesIO()
+        with archive.open(member) as file:
+            shutil.copyfileobj(file, content)
+    return content
 
 
 def _unique(pairs):
@@ -343,9 +366,11 @@ def _path(layer, leaf):
 
 def _keras_arrays(file):
     """Returns ({path: `_Array`}, layout) of an HDF5 file that Keras wrote."""
-    datasets = {}
+    datasets, visited = {}, itertools.count(1)
 
     def collect(name, item):
+        if next(visited) > MAX_OBJECTS or name.count('/') > MAX_DEPTH:
+            raise InputError(f'holds more than {MAX_OBJECTS} groups and arrays, or groups {MAX_DEPTH} deep')
         # The optimizer's and the random generators' state is no weight of the network.
         if isinstance(item, h5py.Dataset) and not re.match(r'(.*/)?(optimizer\w*|seed_generator\w*)/', name):
             datasets[name] = item
@@ -354,15 +379,20 @@ def _keras_arrays(file):
     # Keras 3 numbers the arrays of a layer, all else names them.
     numbered = any(re.search(r'(^|/)vars/\d+$', name) for name in datasets)
     names = _keras3_paths(datasets) if numbered else {name: _legacy_path(name) for name in datasets}
-    pairs = ((names[name], _Array(item.shape, partial(_read_dataset, item))) for name, item in datasets.items())
+    pairs = ((names[name], _Array(item.shape or (), partial(_read_dataset, item))) for name, item in datasets.items())
     return _unique(pairs), 'keras-3' if numbered else 'keras'
 
 
 def _read_dataset(dataset):
-    """Reads an HDF5 dataset whose bytes lie in its own file."""
-    chunk = np.prod(dataset.chunks or 0, dtype=np.float64)
-    if dataset.external or dataset.is_virtual or dataset.dtype.kind != 'f' or chunk > dataset.size:
-        raise InputError(f'{dataset.name}: not a plain array of floating-point numbers')
+    """Reads an HDF5 dataset whose bytes lie in its own file, as many as it has values, in one piece.
+
+    Chunks, which Keras does not write, would be another matter: they can be compressed, and then hold any size.
+    """
+    is_own = not (dataset.external or dataset.is_virtual or dataset.chunks)
+    if not is_own or dataset.dtype.kind != 'f' or dataset.id.get_storage_size() != dataset.nbytes:
+        raise InputError(
+            f'{dataset.name}: not a plain array of floating-point numbers, uncompressed and complete; save it so'
+        )
     return dataset[()]
 
 

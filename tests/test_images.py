@@ -173,11 +173,11 @@ def test_gif_is_not_read():
         images.decode_image(encode(GREY, 'GIF'))
 
 
-@pytest.mark.parametrize(('width', 'height'), [(20_000, 20_000), (10_000, 10_000), (8_193, 8_193), (20_000, 10)])
+@pytest.mark.parametrize(('width', 'height'), [(20_000, 20_000), (10_000, 10_000), (5_793, 5_793), (20_000, 10)])
 def test_decompression_bomb_is_refused_by_its_header(width, height):
     data = bytearray(encode(GREY, 'BMP'))
     data[18:26] = struct.pack('<ii', width, height)
-    with pytest.raises(InputError, match=r'larger than 64 megapixels|a side longer than 16384 pixels'):
+    with pytest.raises(InputError, match=r'larger than 32 megapixels|a side longer than 16384 pixels'):
         images.decode_image(bytes(data))
 
 
@@ -190,8 +190,8 @@ def test_not_a_file(tmp_path):
 
 def test_large_file_is_not_read(tmp_path):
     with open(tmp_path / 'large.tif', 'wb') as file:
-        file.truncate(2**28 + 1)
-    with pytest.raises(InputError, match='larger than 256 MiB'):
+        file.truncate(2**26 + 1)
+    with pytest.raises(InputError, match='larger than 64 MiB'):
         images.read_image(tmp_path / 'large.tif')
 
 

@@ -84,7 +84,7 @@ def write_claim(path):
         (lambda path: write_mat(path, patient='\0\0'), 'cjdata/PID is not a text'),
         (write_linked, 'there is no cjdata/image in it'),
         (write_outside, 'cjdata/image is not a plain array of numbers'),
-        (write_claim, 'cjdata/image is larger than 64 million numbers'),
+        (write_claim, 'cjdata/image is larger than 4096x4096 numbers'),
     ],
 )
 def test_broken_file(tmp_path, write, message):

@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 import typing
+import unicodedata
 
 import tensorflow_datasets as tfds
 import tqdm
@@ -274,10 +275,8 @@ def _class_name(folder_name):
 def _describe(file, root):
     """Returns (path relative to root, size in bytes, time of change in ns)."""
     name = file.relative_to(root).as_posix()
-    try:
-        name.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f'{str(file)!r}: the name is not UTF-8; rename the file') from error
+    if any(unicodedata.category(letter) in ('Cc', 'Cs') for letter in name):  # lists of names have one a line
+        raise InputError(f'{str(file)!r}: the name is not UTF-8 or has control characters; rename the file')
     stat = file.stat() if file.exists() else file.lstat()  # of a broken link itself: reading it will tell
     return name, stat.st_size, stat.st_mtime_ns
 

@@ -1,24 +1,44 @@
 """Any image file as one grey uint8 array: the only module that opens image files.
 
 Read are JPEG, PNG, BMP, TIFF and WebP, told apart by their bytes and not by the file's extension. Of several frames the
-first counts. Every failure is an `InputError` of one line that names the file.
+first counts. Every failure is an `InputError` of one line that names the file. A file may be made to be costly: what is
+bounded here keeps every one below a gigabyte and a few seconds.
 """
 
 import io
 import os
 import pathlib
+import struct
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from brain_jax import InputError
 
 _FORMATS = ('JPEG', 'PNG', 'BMP', 'TIFF', 'WEBP')
-_MAX_BYTES = 2**28  # a file's size
-_MAX_PIXELS = 2**26  # width times height, checked before a pixel is decoded
-_PHOTOMETRIC = 262  # the TIFF tag that tells whether 0 is black
+_MAX_BYTES = 2**26  # a file's size
+_MAX_PIXELS = 2**25  # width times height, checked before a pixel is decoded
 _MAX_SIDE = 2**14  # pixels; bounds the square that pad_and_resize makes of a long, thin image
+_MAX_READS = 2**17  # of a file's parts; Pillow walks through segments, chunks and tags one by one
+_MAX_SCANS = 64  # of a JPEG; an encoder makes about 10, and each is decoded over the whole image
+_MAX_VALUES = 2**17  # of a tag of a TIFF; Pillow makes lists of them
+_MAX_EXIF = 2**20  # bytes; a JPEG segment, where EXIF belongs, has 2**16
+
+# Tags of a TIFF.
+_PHOTOMETRIC = 262  # tells whether 0 is black
+_OFFSETS = (273, 324)  # of strips and tiles
+_TILE_SIDES = (322, 323)
+
+_UPRIGHT = {  # from the EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def read_file(path):
@@ -81,8 +101,10 @@ def decode_image(data, *, name='image'):
             # Pillow warns of odd metadata, which is not used, and of sizes, which are checked here. This context is not
             # thread-safe, but all that threads could leave behind is this one filter.
             warnings.filterwarnings('ignore', module=r'PIL\.')
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            with _open(data) as image:
                 _check_size(*image.size)
+                if image.format == 'TIFF':
+                    _check_size(*(image.tag_v2.get(tag, 1) for tag in _TILE_SIDES))  # a tile is decoded as a whole
                 image.load()
                 grey = _to_grey(_upright(image))
                 return 255 - grey if _is_inverted(image) else grey
@@ -114,7 +136,7 @@ def read_header(data, *, name='image'):
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', module=r'PIL\.')  # as in decode_image
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            with _open(data) as image:
                 return *image.size, len(image.getbands()), image.format
     except Exception as error:  # on hostile bytes Pillow raises nearly anything
         raise InputError(f'{name}: not a JPEG, PNG, BMP, TIFF or WebP image, or its header is damaged') from error
@@ -151,6 +173,43 @@ def pad_and_resize(image, size):
     return np.asarray(Image.fromarray(square).resize((size, size), Image.Resampling.BILINEAR))
 
 
+class _CountedFile(io.BytesIO):
+    """A file in memory that can be read so often only."""
+
+    reads = 0
+
+    def read(self, size=-1):
+        """Reads as usual, and raises `InputError` when that was too often."""
+        self.reads += 1
+        if self.reads > _MAX_READS:
+            raise InputError('made of too many small parts; save the image anew')
+        return super().read(size)
+
+
+def _open(data):
+    """Opens an image with Pillow after a look for what would make that slow."""
+    if data.startswith(b'\xff\xd8') and data.count(b'\xff\xda') > _MAX_SCANS:  # image data never hold these two bytes
+        raise InputError(f'a JPEG of more than {_MAX_SCANS} scans; save the image anew')
+    if data[:2] in (b'II', b'MM'):
+        _check_tags(data)
+    return Image.open(_CountedFile(data), formats=_FORMATS)
+
+
+def _check_tags(data):
+    """Refuses a TIFF with a tag of very many values, of which Pillow would make a list."""
+    order = '<' if data[:2] == b'II' else '>'
+    big = data[2:3] == b'+'  # BigTIFF, as Pillow tells it
+    (start,) = struct.unpack_from(order + ('Q' if big else 'I'), data, 8 if big else 4)
+    (number,) = struct.unpack_from(order + ('Q' if big else 'H'), data, start)
+    entry = struct.Struct(order + ('HHQ8x' if big else 'HHI4x'))
+    start += 8 if big else 2
+    held = max(len(data) - start, 0) // entry.size
+    for tag, kind, count in entry.iter_unpack(data[start : start + entry.size * min(number, held)]):
+        is_text = kind in (1, 2, 7) and tag not in _OFFSETS  # bytes, which stay what they are
+        if count > _MAX_VALUES and not is_text:
+            raise InputError(f'tag {tag} claims {count:,} values; save the image anew')
+
+
 def _check_size(width, height):
     """Refuses an image that would take too much memory, or has no pixels."""
     if width * height > _MAX_PIXELS:
@@ -163,10 +222,14 @@ def _check_size(width, height):
 
 def _upright(image):
     """Applies the EXIF orientation; damaged EXIF is taken for none."""
+    if len(image.info.get('exif', b'')) > _MAX_EXIF:
+        return image
     try:
-        return ImageOps.exif_transpose(image)
+        # Not ImageOps.exif_transpose, which writes all other EXIF anew.
+        method = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # the pixels are loaded, so this can only be the metadata
         return image
+    return image if method is None else image.transpose(method)
 
 
 def _is_inverted(image):

@@ -13,7 +13,10 @@ from brain_jax import InputError
 from brain_jax.data import groups, images
 
 _FIGSHARE_CLASSES = {1: 'meningioma', 2: 'glioma', 3: 'pituitary'}
-_MAX_PIXELS = 2**26  # a small HDF5 file can claim an array of any size
+# A small HDF5 file can claim an array of any size, and hide one of any size in a compressed chunk.
+_MAX_SIDE = 2**12  # of an array
+_MAX_CHUNKS = 2**12
+_MAX_CHUNK_BYTES = 2**19  # as stored; deflate makes at most a thousand times as much of them
 _THUMBNAIL = 64
 
 
@@ -112,7 +115,7 @@ def read_figshare(path):
             image, label, patient = (_read_array(file, name) for name in ('image', 'label', 'PID'))
     except InputError as error:
         raise InputError(f'{path}: {error}') from error
-    except (OSError, RuntimeError, LookupError, ValueError, TypeError, NotImplementedError) as error:
+    except Exception as error:  # on hostile bytes h5py raises nearly anything
         reason = ' '.join(str(error).split())
         raise InputError(f'{path}: damaged, or no MATLAB 7.3 file ({reason})') from error
     if image.ndim != 2 or min(image.shape) < 1 or not np.isfinite(image).all():
@@ -120,11 +123,13 @@ def read_figshare(path):
     if label.size != 1 or label.item() not in _FIGSHARE_CLASSES:
         raise InputError(f'{path}: cjdata/label is not 1, 2 or 3')
     patient = patient.ravel()
-    if not patient.size or patient.min() < 32 or patient.max() > 126:
+    if not 0 < patient.size < 100 or not all(32 <= number <= 126 for number in patient):  # not so of NaN
         raise InputError(f'{path}: cjdata/PID is not a text')
     image = image.T.astype(np.float64)  # MATLAB stores columns first
-    image -= image.min()
-    image *= 255 / (image.max() or 1)
+    spread = float(image.max()) - float(image.min())
+    if not np.isfinite(spread):
+        raise InputError(f'{path}: cjdata/image has values too far apart')
+    image = (image - image.min()) * (255 / (spread or 1))
     name = ''.join(map(chr, patient.astype(int))).strip()
     return np.round(image).astype(np.uint8), re.sub(r'(?<=\d)[A-Za-z]$', '', name), _FIGSHARE_CLASSES[label.item()]
 
@@ -139,6 +144,21 @@ def _read_array(file, name):
     array = parent
     if not isinstance(array, h5py.Dataset) or array.external or array.is_virtual or array.dtype.kind not in 'biuf':
         raise InputError(f'cjdata/{name} is not a plain array of numbers')
-    if array.shape is None or max(array.size, np.prod(array.chunks or 0, dtype=np.float64)) > _MAX_PIXELS:
-        raise InputError(f'cjdata/{name} is larger than {_MAX_PIXELS >> 20} million numbers, or nothing')
+    if array.shape is None or array.size > _MAX_SIDE**2 or max(array.shape, default=0) > _MAX_SIDE:
+        raise InputError(f'cjdata/{name} is larger than {_MAX_SIDE}x{_MAX_SIDE} numbers, or nothing')
+    if array.chunks and not _has_plain_chunks(array):
+        raise InputError(f'cjdata/{name} is compressed in an unusual way, or in too large or too many pieces')
     return array[()]
+
+
+def _has_plain_chunks(array):
+    """Tells whether chunks are few, small, and packed once by MATLAB's deflate, maybe shuffled or with a checksum."""
+    properties = array.id.get_create_plist()
+    filters = [properties.get_filter(i)[0] for i in range(properties.get_nfilters())]
+    allowed = (h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32)
+    if len(set(filters)) < len(filters) or not set(filters) <= set(allowed) or max(array.chunks) > _MAX_SIDE:
+        return False
+    if np.prod([-(-side // chunk) for side, chunk in zip(array.shape, array.chunks, strict=True)]) > _MAX_CHUNKS:
+        return False
+    stored = [array.id.get_chunk_info(i).size for i in range(array.id.get_num_chunks())]
+    return max(stored, default=0) <= _MAX_CHUNK_BYTES
