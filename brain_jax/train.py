@@ -19,6 +19,7 @@ import tqdm
 from absl import logging
 from clu import periodic_actions
 from flax.training import train_state
+from flax.traverse_util import flatten_dict
 from jax.flatten_util import ravel_pytree
 
 from brain_jax import (
@@ -296,8 +297,15 @@ def balanced_weights(dataset):
     return len(dataset.train) / (len(counts) * counts)
 
 
-def check_health(step, health, manager):
-    """Raises `FloatingPointError` where the loss, a gradient or a parameter of a step is not finite."""
+def check_health(step, health, state, manager):
+    """Raises `FloatingPointError` where the loss, a gradient or a parameter of a step is not finite.
+
+    Args:
+      step: its number.
+      health: what it returned.
+      state: the state after it, or after the next one: what is not finite stays so.
+      manager: of `checkpoints.open_checkpoints`.
+    """
     loss, gradient_norm, parameter_norm = np.asarray(health)
     for value, name in ((loss, 'loss'), (gradient_norm, 'gradient norm'), (parameter_norm, 'parameter norm')):
         if not np.isfinite(value):
@@ -306,9 +314,12 @@ def check_health(step, health, manager):
             good = (
                 'There is no checkpoint yet' if latest is None else f'The last good checkpoint is that of step {latest}'
             )
+            variables = {'params': state.params, 'batch_stats': state.batch_stats}
+            sizes = {path: np.abs(leaf).max() for path, leaf in flatten_dict(variables, sep='/').items()}
+            worst = max(sizes, key=lambda path: np.nan_to_num(sizes[path], nan=np.inf))
             raise FloatingPointError(
-                f'step {step}: the {name} is {value}. {good} in {manager.directory}; a lower learning_rate or '
-                'gradient_clip may help'
+                f'step {step}: the {name} is {value}; the largest value, {sizes[worst]}, is in {worst}. {good} in '
+                f'{manager.directory}; a lower learning_rate or gradient_clip may help'
             )
 
 
@@ -405,7 +416,7 @@ def train(
         with jax.profiler.StepTraceAnnotation('train', step_num=step):
             state, health = train_step(state, batch)
         if last_health is not None:  # of the step before, so that the device has its next step while the host looks
-            check_health(step - 1, last_health, manager)
+            check_health(step - 1, last_health, state, manager)
         last_health = health
         for hook in hooks:
             hook(step)
@@ -423,13 +434,13 @@ def train(
             log_step, log_time = step, time.monotonic()
         validation = None
         if dataset.validation is not None and is_due(step, eval_every, total_steps):
-            check_health(step, health, manager)
+            check_health(step, health, state, manager)
             pause_time = time.monotonic()
             validation, progress = validate(config, state, dataset, mesh, eval_step, writer, progress, stop)
             log_time += time.monotonic() - pause_time  # evaluation is no part of the training speed
         is_asked_to_stop = interruption.is_asked_to_stop(stop, step)
         if validation or is_asked_to_stop or is_due(step, config.checkpoint_every_steps, total_steps):
-            check_health(step, health, manager)
+            check_health(step, health, state, manager)
             save(manager, state, progress, validation, start_time)
         if is_asked_to_stop:
             raise interruption.Interrupted(

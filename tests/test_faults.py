@@ -9,11 +9,12 @@ import time
 
 import pytest
 from test_interruption import start, wait_for_checkpoint
-from test_train import TINY, assert_trees_equal, load_variables, make_config, run
+from test_train import REPOSITORY, TINY, assert_trees_equal, command, load_variables, make_config, run
 
+from brain_jax.benchmark import worker
 from brain_jax.data import phantom
 
-CHANGES = TINY | {'num_epochs': 250.0, 'checkpoint_every_steps': 50, 'eval_every_epochs': 30.0}  # 750 steps
+CHANGES = TINY | {'num_epochs': 120.0, 'checkpoint_every_steps': 25, 'eval_every_epochs': 15.0}  # 360 steps
 
 
 @pytest.fixture(scope='module')
@@ -83,7 +84,7 @@ def test_killed_at_thirty_moments(data, tmp_path, never_stopped):
 
 def test_damaged_checkpoint_is_left_behind(data, tmp_path, never_stopped):
     process = start(CHANGES | data, tmp_path)
-    wait_for_checkpoint(process, tmp_path, 50)
+    wait_for_checkpoint(process, tmp_path, 25)
     process.kill()
     process.communicate()
     steps = checkpoint_steps(tmp_path)
@@ -97,7 +98,7 @@ def test_damaged_checkpoint_is_left_behind(data, tmp_path, never_stopped):
     assert process.returncode == 0, log
     name = damaged.relative_to(tmp_path / f'checkpoints/{steps[-1]}')
     assert f'checkpoints/{steps[-1]} is damaged: {name} differs from its checksum' in log
-    assert f'going on from step {steps[-2]} of 750' in log
+    assert f'going on from step {steps[-2]} of 360' in log
     summary = json.loads((tmp_path / 'summary.json').read_text())
     assert summary['test'] == never_stopped[0]['test']
     config = make_config(data, **CHANGES)
@@ -122,7 +123,7 @@ def test_full_disk(data, tmp_path, never_stopped):
         workdir = disk / 'run'
         changes = CHANGES | data | {'compilation_cache': ''}
         process = start(changes, workdir)
-        last = wait_for_checkpoint(process, workdir, 50)
+        last = wait_for_checkpoint(process, workdir)
         filler = disk / 'filler'
         with contextlib.suppress(OSError), open(filler, 'wb', buffering=0) as file:
             while True:
@@ -157,3 +158,46 @@ def test_folder_that_cannot_be_written(data, tmp_path):
         _, log = process.communicate(timeout=120)
     assert process.returncode == 1 and 'Traceback' not in log
     assert log.strip().splitlines()[-1] == f'error: {disk}/run/run.json cannot be written: Read-only file system'
+
+
+@pytest.mark.soak
+def test_killed_every_fifty_of_a_thousand_steps(data, tmp_path):
+    changes = data | {
+        'image_size': 32,
+        'model': '_DenseNetTiny',
+        'batch_size': 16,
+        'eval_batch_size': 16,
+        'num_epochs': 250.0,
+        'eval_every_epochs': 25.0,
+        'checkpoint_every_steps': 50,
+        'validation_fraction': 0.0,
+    }
+    config = make_config(changes, 'demo')
+    peaks = []
+    for step in range(50, 1000, 50):
+        process = subprocess.Popen(
+            command(changes, tmp_path / 'killed', 'demo'), cwd=REPOSITORY, stderr=subprocess.DEVNULL, text=True
+        )
+        wait_for_checkpoint(process, tmp_path / 'killed', step - 1)
+        peaks.append(worker.read_memory('VmHWM', process.pid) / 1e6)
+        process.kill()
+        process.wait()
+        print(f'killed after step {max(checkpoint_steps(tmp_path / "killed"))}, peak {peaks[-1]:.0f} MB', flush=True)
+    summary, variables = run(config, tmp_path / 'killed')
+    expected_summary, expected = run(config, tmp_path / 'whole')
+    assert_trees_equal(variables, expected)
+    assert summary['steps'] == 1000 and summary['test'] == expected_summary['test']
+    assert peaks[-1] < 1.1 * peaks[0]
+
+
+@pytest.mark.soak
+def test_memory_of_a_run_stays_flat(data, tmp_path):
+    process = start(CHANGES | data | {'num_epochs': 3000.0, 'eval_every_epochs': 100.0}, tmp_path)
+    sizes = []
+    for step in (1000, 9000):
+        wait_for_checkpoint(process, tmp_path, step - 1)
+        sizes.append(worker.read_memory('VmRSS', process.pid) / 1e6)
+        print(f'step {step}: {sizes[-1]:.0f} MB resident', flush=True)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert sizes[1] < 1.1 * sizes[0]

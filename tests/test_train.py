@@ -1,5 +1,6 @@
 """Whole runs of a tiny network on a generated dataset."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -153,9 +154,9 @@ def test_one_seed_gives_one_result_and_another_another(finished, data, tmp_path)
     assert not np.array_equal(kernel, variables['params']['conv1_conv']['kernel'])
 
 
-def command(config_changes, workdir):
+def command(config_changes, workdir, mode='scratch'):
     flags = [f'--config.{name}={value}' for name, value in config_changes.items()]
-    config = REPOSITORY / 'configs/densenet121.py:scratch'
+    config = REPOSITORY / f'configs/densenet121.py:{mode}'
     return [sys.executable, '-m', 'brain_jax.main', f'--config={config}', f'--workdir={workdir}', *flags]
 
 
@@ -308,13 +309,39 @@ def test_run_that_explodes_stops_and_leaves_a_good_checkpoint(data, tmp_path):
     config = make_config(
         data, optimizer='sgd', learning_rate=1e30, gradient_clip=0.0, warmup_fraction=0.5, checkpoint_every_steps=1
     )
-    with pytest.raises(FloatingPointError, match=r'step \d+: the .* is (nan|inf)'):
+    message = r'step \d+: the .* is (nan|inf); the largest value, \S+, is in \w+/\w+/\S+\. The last good'
+    with pytest.raises(FloatingPointError, match=message):
         train.train_and_evaluate(config, tmp_path)
     assert not (tmp_path / 'summary.json').exists()
     with checkpoints.open_checkpoints(tmp_path) as manager:
         latest = manager.latest_step()
     assert latest >= 1
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(load_variables(config, tmp_path, latest)))
+
+
+@pytest.mark.filterwarnings('ignore:overflow encountered')
+@pytest.mark.parametrize('optimizer', ['sgd', 'adamw', 'lamb'])
+def test_no_checkpoint_has_a_number_that_is_none(data, tmp_path, optimizer):
+    config = make_config(data, optimizer=optimizer, learning_rate=1e9, warmup_fraction=0.0, checkpoint_every_steps=1)
+    with contextlib.suppress(FloatingPointError):
+        train.train_and_evaluate(config, tmp_path)
+    with checkpoints.open_checkpoints(tmp_path) as manager:
+        steps = manager.all_steps()
+    for step in steps:
+        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(load_variables(config, tmp_path, step)))
+
+
+@pytest.mark.parametrize(
+    ('image', 'dtype'),
+    [('black', 'float32'), ('white', 'float32'), ('one image', 'float32'), ('512 images', 'bfloat16')],
+)
+def test_batches_at_the_edge_of_numbers(dtype, image):
+    batch = make_batch(np.random.default_rng(0), 512 if image == '512 images' else 8)
+    fill = {'black': np.zeros_like, 'white': lambda x: np.full_like(x, 255), 'one image': lambda x: x[:1].repeat(8, 0)}
+    batch['image'] = fill.get(image, np.copy)(batch['image'])
+    _, _, state, _, health = one_step(make_config({}, dtype=dtype), batch)
+    assert np.isfinite(health).all()
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((state.params, state.batch_stats)))
 
 
 def test_early_stopping(data, tmp_path):

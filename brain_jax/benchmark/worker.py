@@ -66,12 +66,12 @@ def run_on_devices(settings, requests):
     yield from answer(step, settings, requests)
 
 
-def read_memory(field):
-    """Returns a size in bytes that Linux keeps for this process: 'VmRSS', or its peak 'VmHWM'."""
-    for line in pathlib.Path('/proc/self/status').read_text().splitlines():
+def read_memory(field, process='self'):
+    """Returns a size in bytes that Linux keeps for a process, this one or a number: 'VmRSS', or its peak 'VmHWM'."""
+    for line in pathlib.Path(f'/proc/{process}/status').read_text().splitlines():
         if line.startswith(f'{field}:'):
             return 1024 * int(line.split()[1])
-    raise OSError(f'/proc/self/status does not tell {field}')
+    raise OSError(f'/proc/{process}/status does not tell {field}')
 
 
 def resident_growth(step):
