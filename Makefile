@@ -10,13 +10,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 help:  ## Say what there is
 	@sed -nE 's/^([a-z.]+):.*## /  make \1\t/p' Makefile | expand -t 16
 
-.venv: .venv/installed  ## Install brain_jax, and what requirements.txt lists, into .venv
+.venv: .venv/installed  ## Install brain_jax, and what requirements.lock lists, into .venv
 
 demo: .venv/installed  ## Train on generated images into runs/demo; needs no data, weights or accelerator
 	$(BIN)/python -m brain_jax.main --config configs/densenet121.py:demo --workdir runs/demo
 
 test: lint  ## Check the style and run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 soak: .venv/installed-test  ## Run the long tests of what may go wrong: half an hour
 	$(BIN)/python -m pytest -m soak -s
@@ -34,13 +34,13 @@ clean:  ## Remove .venv and caches; runs/ stays
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are touched last: an installation that was cut short is done again.
-.venv/installed: requirements.txt pyproject.toml
+.venv/installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
 	  echo 'error: brain_jax needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is none of them.' \
 	    'Name one: make PYTHON=python3.12 ...' >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	@echo 'Installing into .venv: a few minutes, 2.6 GB'
-	@$(PIP) install -r requirements.txt
+	@$(PIP) install --require-hashes -r requirements.lock
 	@$(PIP) install --no-deps --editable .
 	@touch $@
 
