@@ -3,6 +3,7 @@
 This file is short on purpose: the logic is in `brain_jax.train`, where it can be imported and tested.
 """
 
+import contextlib
 import os
 import sys
 
@@ -57,20 +58,27 @@ def set_up():
     logging.info('JAX devices: %s', ', '.join(str(device) for device in jax.devices()))
 
 
-def main(argv):
-    """Runs the training that the flags describe."""
-    if len(argv) > 1:
-        sys.exit(f'error: unexpected arguments: {" ".join(argv[1:])}')
-    set_up()
+@contextlib.contextmanager
+def telling_errors():
+    """Ends the process where a run cannot go on: with one line, or with the status of a run that was asked to stop."""
     try:
-        train.train_and_evaluate(FLAGS.config, FLAGS.workdir or os.path.join('runs', FLAGS.config.mode))
+        yield
     except (InputError, FloatingPointError) as error:
         sys.exit(f'error: {error}')
     except interruption.Interrupted as error:
         logging.warning('stopped: %s', error)
         sys.exit(interruption.EXIT_CODE)
     except KeyboardInterrupt:
-        sys.exit('error: stopped by Ctrl-C before there was anything to save')
+        sys.exit('error: stopped by Ctrl-C outside of training; the same command goes on')
+
+
+def main(argv):
+    """Runs the training that the flags describe."""
+    if len(argv) > 1:
+        sys.exit(f'error: unexpected arguments: {" ".join(argv[1:])}')
+    set_up()
+    with telling_errors():
+        train.train_and_evaluate(FLAGS.config, FLAGS.workdir or os.path.join('runs', FLAGS.config.mode))
 
 
 if __name__ == '__main__':

@@ -11,7 +11,7 @@ import sys
 
 from absl import app, flags, logging
 
-from brain_jax import InputError, main  # main has the flags config and workdir, and keeps TensorFlow quiet
+from brain_jax import main  # main has the flags config and workdir, and keeps TensorFlow quiet
 from brain_jax.evaluation import cross_validation
 
 _SEEDS = flags.DEFINE_list('seeds', ['0'], 'Each draws other folds and trains with other random numbers.')
@@ -26,15 +26,13 @@ def run(argv):
     if not all(seed.isdecimal() for seed in _SEEDS.value):
         sys.exit(f'error: --seeds is {",".join(_SEEDS.value)}: give whole numbers, such as 0,1,2')
     output = flags.FLAGS.workdir or os.path.join('runs', f'cross_validation_{config.mode}')
-    try:
+    with main.telling_errors():
         result = cross_validation.cross_validate(
             config,
             output,
             seeds=tuple(map(int, _SEEDS.value)),
             splits=('grouped', 'random') if _RANDOM.value else ('grouped',),
         )
-    except (InputError, FloatingPointError) as error:
-        sys.exit(f'error: {error}')
     print(cross_validation.format_summary(result))
     logging.info('wrote %s', os.path.join(output, 'report.html'))
 
