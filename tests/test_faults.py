@@ -163,16 +163,8 @@ def test_folder_that_cannot_be_written(data, tmp_path):
 
 @pytest.mark.soak
 def test_killed_every_fifty_of_a_thousand_steps(data, tmp_path):
-    changes = data | {
-        'image_size': 32,
-        'model': '_DenseNetTiny',
-        'batch_size': 16,
-        'eval_batch_size': 16,
-        'num_epochs': 250.0,
-        'eval_every_epochs': 25.0,
-        'checkpoint_every_steps': 50,
-        'validation_fraction': 0.0,
-    }
+    changes = TINY | data | {'num_epochs': 250.0, 'eval_every_epochs': 25.0, 'checkpoint_every_steps': 50}
+    changes |= {'validation_fraction': 0.0}
     config = make_config(changes, 'demo')
     peaks = []
     for step in range(50, 1000, 50):
