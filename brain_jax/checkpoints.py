@@ -258,9 +258,8 @@ def remove_damaged(workdir):
             f'no checkpoint in {directory} is whole: of {folder.name}, {damaged[folder]}. Start anew in another '
             '--workdir'
         )
-    if jax.process_index() == 0:
-        for folder in damaged:
-            shutil.rmtree(folder)
+    for folder in damaged:
+        shutil.rmtree(folder)
 
 
 def content_hash(tree):

@@ -1,6 +1,7 @@
 """Mode 'frozen': the backbone's features of every image, computed once and kept for the next run."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 from absl import logging
+from jax.experimental import multihost_utils
 
 from brain_jax import checkpoints, files, models, parallel
 from brain_jax.data import pipeline
@@ -84,13 +86,12 @@ def load_features(dataset, model, params, batch_stats, config, mesh):
     for mirrored in (False, True) if config.augment.flip_horizontal else (False,):
         name = hashlib.sha256(json.dumps(key | {'mirrored': mirrored}, sort_keys=True).encode()).hexdigest()[:16]
         path = dataset.folder / f'features_{name}.npy'
-        if path.exists():
+        if np.all(multihost_utils.process_allgather(np.array(path.exists()))):
             logging.info('using the features that were computed before: %s', path)
             views.append(np.load(path))
             continue
         views.append(compute_features(feature_step, variables, dataset.train, config, mesh, mirrored=mirrored))
-        if jax.process_index() == 0:
-            _keep(path, views[-1])
+        parallel.first_then_others(functools.partial(_keep, path, views[-1]))
     return np.stack(views, axis=1)
 
 
@@ -117,7 +118,7 @@ def compute_features(feature_step, variables, examples, config, mesh, *, mirrore
     count = -(-len(everything) // config.eval_batch_size)
     description = 'Features of the mirror images' if mirrored else 'Features of the images'
     pooled = np.zeros((len(everything), variables['params']['predictions']['kernel'].shape[0]), np.float32)
-    for batch in tqdm.tqdm(batches, description, total=count, unit=' batches', disable=None):
+    for batch in tqdm.tqdm(batches, description, total=count, unit=' batches', disable=parallel.progress_bars()):
         values, index = jax.tree.map(np.asarray, feature_step(variables, batch, mirrored))
         pooled[index[index >= 0]] = values[index >= 0]
     logging.info('%s: %d', description.lower(), len(everything))
@@ -125,7 +126,12 @@ def compute_features(feature_step, variables, examples, config, mesh, *, mirrore
 
 
 def _keep(path, pooled):
-    """Writes features to a file that is whole or not there; where it cannot be written the run goes on without."""
+    """Writes features to a file that is whole or not there; where it cannot be written the run goes on without.
+
+    One that is there stays: the first of several processes wrote it.
+    """
+    if path.exists():
+        return
     try:
         with files.replacing(path) as temporary:
             np.save(temporary, pooled)

@@ -16,7 +16,7 @@ import tensorflow as tf
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from brain_jax import InputError, interruption, train
+from brain_jax import InputError, interruption, parallel, train
 
 FLAGS = flags.FLAGS
 
@@ -51,8 +51,8 @@ def is_worth_reading(record):
 
 
 def set_up():
-    """Sets up the log, and keeps TensorFlow off the accelerators."""
-    logging.set_verbosity(logging.INFO)
+    """Sets up the log, which is that of the first process, and keeps TensorFlow off the accelerators."""
+    logging.set_verbosity(logging.INFO if jax.process_index() == 0 else logging.WARNING)
     logging.get_absl_handler().addFilter(is_worth_reading)
     tf.config.set_visible_devices([], 'GPU')  # else TensorFlow takes the memory that JAX needs
     logging.info('JAX devices: %s', ', '.join(str(device) for device in jax.devices()))
@@ -76,8 +76,8 @@ def main(argv):
     """Runs the training that the flags describe."""
     if len(argv) > 1:
         sys.exit(f'error: unexpected arguments: {" ".join(argv[1:])}')
-    set_up()
-    with telling_errors():
+    with telling_errors(), parallel.processes(FLAGS.config.distributed):
+        set_up()
         train.train_and_evaluate(FLAGS.config, FLAGS.workdir or os.path.join('runs', FLAGS.config.mode))
 
 

@@ -8,18 +8,19 @@ import hashlib
 import importlib.metadata
 import json
 import operator
+import time
 
 import flax.traverse_util
 import jax
 
-from brain_jax import InputError, files, models
+from brain_jax import InputError, files, models, parallel
 
 
 def describe_run(config, dataset, weights_sha256):
     """Returns what a run is, for its folder: configuration, classes, preprocessing, data and versions."""
     packages = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow-datasets', 'numpy', 'ml-collections', 'clu')
     return {
-        'config': config.to_dict(),
+        'config': resolve(config),
         'class_names': list(dataset.class_names),
         'preprocessing': {
             'channels': 'grey',
@@ -54,9 +55,14 @@ def use_compilation_cache(config, workdir):
         jax.config.update('jax_compilation_cache_dir', str(folder))
 
 
+def resolve(config):
+    """Returns the configuration as a dictionary, without `distributed`: the processes of a run differ in it."""
+    return {field: value for field, value in config.to_dict().items() if field != 'distributed'}
+
+
 def config_hash(config):
     """Returns the SHA-256 of the resolved configuration, as JSON with sorted keys."""
-    return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(resolve(config), sort_keys=True).encode()).hexdigest()
 
 
 def write_json(path, value):
@@ -78,7 +84,7 @@ def check_workdir(config, workdir):
         return
     flatten = functools.partial(flax.traverse_util.flatten_dict, sep='.')
     old = flatten(json.loads(run_file.read_text())['config'])
-    new = flatten(json.loads(json.dumps(config.to_dict())))  # as JSON has it: tuples are lists there
+    new = flatten(json.loads(json.dumps(resolve(config))))  # as JSON has it: tuples are lists there
     differences = [
         f'{field}: {old.get(field)!r} there, {new.get(field)!r} now'
         for field in sorted(old.keys() | new.keys())
@@ -95,8 +101,10 @@ def write_run(path, run):
     """Writes `run.json` when a run starts.
 
     Raises:
-      InputError: where it is there already and tells of other data or weights, which would make another run of it.
+      InputError: where it is there already and tells of other data or weights, which would make another run of it; or
+        where processes disagree on what the run is, or do not share its folder.
     """
+    parallel.check_agreement(**{name: run[name] for name in ('split_sha256', 'versions')})
     if path.exists():
         old = json.loads(path.read_text())
         for field in ('class_names', 'split_sha256', 'weights_sha256'):
@@ -106,6 +114,16 @@ def write_run(path, run):
                     f'{run[field]}): bring back the old files, or give another --workdir'
                 )
     write_json(path, run)
+    if not parallel.first_then_others(lambda: _appears(path)):
+        raise InputError(f'process 0 wrote {path}, but it is not there: the workdir must be on a disk that all share')
+
+
+def _appears(path):
+    """Tells whether a file of another process comes up; a network file system may hide it for half a minute."""
+    deadline = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return path.exists()
 
 
 def read_finished_run(workdir):
@@ -146,6 +164,11 @@ def check_config(config):
             not config.early_stopping or config.validation_fraction,
             'early_stopping',
             '0 where validation_fraction is 0: nothing tells when to stop',
+        ),
+        (
+            config.distributed == 'off' or jax.distributed.is_initialized(),
+            'distributed',
+            "'off': only brain_jax.main starts several processes",
         ),
     ]
     for holds, field, wanted in rules:

@@ -102,10 +102,11 @@ def create_train_state(config, model, mesh, *, total_steps, steps_per_epoch):
     weights_sha256 = ''
     if config.pretrained:
         variables, weights_sha256 = pretrained.load_pretrained(config.pretrained, variables)
+    parallel.check_agreement(weights_sha256=weights_sha256, first_parameters=checkpoints.content_hash(variables))
     state, schedule = make_train_state(
         config, model, variables, total_steps=total_steps, steps_per_epoch=steps_per_epoch
     )
-    return jax.device_put(state, parallel.replicated(mesh)), schedule, weights_sha256
+    return parallel.replicate(state, mesh), schedule, weights_sha256
 
 
 def make_train_state(config, model, variables, *, total_steps, steps_per_epoch):
@@ -395,7 +396,7 @@ def train(
     start_step = int(state.step)
     eval_every = config.eval_every_epochs * len(dataset.train) / config.batch_size
     hooks = [periodic_actions.ReportProgress(num_train_steps=total_steps, writer=writer)]
-    if config.profile:
+    if config.profile and jax.process_index() == 0:
         hooks.append(
             periodic_actions.Profile(
                 logdir=str(manager.directory.parent), num_profile_steps=3, profile_duration_ms=None
@@ -406,11 +407,13 @@ def train(
         process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
     batches = pipeline.Timed(pipeline.prefetch(batches, parallel.split_over_data(mesh)))
-    bar = tqdm.tqdm(batches, 'Training', total_steps, initial=start_step, unit=' steps', disable=None)
+    hidden = parallel.progress_bars()
+    bar = tqdm.tqdm(batches, 'Training', total_steps, initial=start_step, unit=' steps', disable=hidden)
+    no_metrics = jax.jit(metrics.TrainMetrics.empty, out_shardings=parallel.replicated(mesh))
     last_health = None
     log_step, log_time = start_step, time.monotonic()
     for step, batch in enumerate(bar, start_step + 1):
-        if step == 1 and config.mode != 'frozen':
+        if step == 1 and config.mode != 'frozen' and jax.process_index() == 0:
             key_augment, _ = step_keys(config, 0)
             training_log.write_augmented(writer, 0, key_augment, batch, config.augment)
         with jax.profiler.StepTraceAnnotation('train', step_num=step):
@@ -422,7 +425,7 @@ def train(
             hook(step)
         if is_due(step, config.log_every_steps, total_steps):
             values = {name: float(value) for name, value in state.metrics.compute().items()}
-            state = state.replace(metrics=jax.device_put(metrics.TrainMetrics.empty(), parallel.replicated(mesh)))
+            state = state.replace(metrics=no_metrics())
             seconds = time.monotonic() - log_time
             values |= {
                 'learning_rate': float(schedule(step - 1)),
@@ -490,6 +493,7 @@ def train_and_evaluate(config, workdir, images=None):
     workdir = pathlib.Path(workdir)
     mesh = parallel.make_mesh()
     run_folder.check_config(config)
+    parallel.check_agreement(config=run_folder.resolve(config))
     parallel.check_batch_sizes(config, mesh)
     run_folder.check_workdir(config, workdir)
     run_folder.use_compilation_cache(config, workdir)
@@ -497,7 +501,8 @@ def train_and_evaluate(config, workdir, images=None):
         logging.info('%s is finished: its summary.json stands', workdir)
         return json.loads((workdir / 'summary.json').read_text())
 
-    dataset = pipeline.split_images(images or load_images(config, workdir), config)
+    images = images or parallel.first_then_others(lambda: load_images(config, workdir))
+    dataset = pipeline.split_images(images, config)
     steps_per_epoch = len(dataset.train) / config.batch_size
     total_steps = max(1, round(config.num_epochs * steps_per_epoch))
     model = create_model(config, len(dataset.class_names))
@@ -512,7 +517,7 @@ def train_and_evaluate(config, workdir, images=None):
         dataset = features.use_features(dataset, pooled)
         feature_moments = features.measure_moments(dataset.train)
 
-    checkpoints.remove_damaged(workdir)
+    parallel.first_then_others(functools.partial(checkpoints.remove_damaged, workdir))
     with checkpoints.open_checkpoints(workdir) as manager, training_log.open_writer(workdir) as writer:
         progress = PROGRESS
         if manager.latest_step() is None:

@@ -14,7 +14,9 @@ from brain_jax import InputError, augment, metrics
 
 @contextlib.contextmanager
 def open_writer(workdir):
-    """Yields the CLU writer, which writes in the background: TensorBoard files, and lines where no progress bar shows.
+    """Yields the CLU writer: TensorBoard files, and lines where no progress bar shows; of process 0 only.
+
+    It writes in the background.
 
     Raises:
       InputError: where TensorBoard's files cannot be written.
@@ -22,7 +24,7 @@ def open_writer(workdir):
     writers = []
     if jax.process_index() == 0:
         writers.append(metric_writers.SummaryWriter(str(workdir)))
-    if not sys.stderr.isatty():
+    if jax.process_index() == 0 and not sys.stderr.isatty():
         writers.append(metric_writers.LoggingWriter())
     writer = metric_writers.AsyncMultiWriter(writers)
     try:
@@ -51,7 +53,7 @@ def write_start(writer, config, params):
 
 
 def write_augmented(writer, step, key, batch, settings):
-    """Writes up to 16 images of a training batch as the network sees them.
+    """Writes up to 16 images of a training batch, of those on this process' devices, as the network sees them.
 
     Args:
       writer: a CLU `MetricWriter`.
@@ -60,7 +62,10 @@ def write_augmented(writer, step, key, batch, settings):
       batch: of `pipeline.train_batches`.
       settings: `config.augment`.
     """
-    images = augment.augment_batch(key, batch['image'][:16], batch['index'][:16], settings)
+    images, index = (
+        np.concatenate([shard.data for shard in batch[name].addressable_shards])[:16] for name in ('image', 'index')
+    )
+    images = augment.augment_batch(key, images, index, settings)
     writer.write_images(step, {'augmented': np.asarray(images, np.uint8)[..., None]})
 
 

@@ -97,6 +97,7 @@ def get_config(mode='finetune'):
     config.eval_batch_size = 64
     config.average_flips = True  # evaluate an image and its mirror image (given augment.flip_horizontal), and average
     config.compilation_cache = 'auto'  # folder of compiled programs; 'auto': beside the workdir; '': none
+    config.distributed = 'off'  # 'off' | 'auto' | 'HOST:PORT,COUNT,INDEX': several processes, docs/distributed.md
     config.profile = False  # write a profile of a few steps for TensorBoard
 
     if mode == 'frozen':

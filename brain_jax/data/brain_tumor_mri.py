@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 import tqdm
 from absl import logging
 
-from brain_jax import InputError
+from brain_jax import InputError, parallel
 from brain_jax.data import images
 
 _SPLIT_FOLDERS = {'train': ('training', 'train'), 'test': ('testing', 'test')}  # compared in lower case
@@ -354,7 +354,7 @@ def _quiet_tfds():
 
 def _progress(files, description):
     """Wraps files in a progress bar, shown on a terminal only."""
-    return tqdm.tqdm(files, desc=description, unit=' images', leave=False, disable=None)
+    return tqdm.tqdm(files, desc=description, unit=' images', leave=False, disable=parallel.progress_bars())
 
 
 def _find_unreadable(folder, split):

@@ -25,7 +25,7 @@ import tqdm
 from absl import logging
 from sklearn import model_selection
 
-from brain_jax import InputError, files
+from brain_jax import InputError, files, parallel
 from brain_jax.data import brain_tumor_mri, groups, images, leakage
 
 # Each thread makes a whole batch, ahead of its use: this hides the decoding of images that are not held in memory.
@@ -199,7 +199,8 @@ def _map_images(function, sources, description):
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(call, range(len(rows)))
-        return list(tqdm.tqdm(results, description, len(rows), unit=' images', leave=False, disable=None))
+        hidden = parallel.progress_bars()
+        return list(tqdm.tqdm(results, description, len(rows), unit=' images', leave=False, disable=hidden))
 
 
 def _read_examples(sources, size, in_memory):
