@@ -423,6 +423,7 @@ def test_workdir_of_other_data(finished, data, tmp_path):
         ({'num_epochs': 0.0}, 'config.num_epochs is 0.0: give more than 0'),
         ({'seed': -1}, 'config.seed'),
         ({'early_stopping': 2, 'validation_fraction': 0.0}, 'config.early_stopping'),
+        ({'distributed': 'host:1234,2,0'}, 'only brain_jax.main starts several processes'),
         ({'model': 'ResNet50'}, 'DenseNet121'),
         ({'optimizer': 'adagrad'}, 'adamw'),
         ({'pretrained': '/nowhere/weights.h5'}, '/nowhere/weights.h5'),
