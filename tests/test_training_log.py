@@ -22,7 +22,7 @@ def test_event_files_hold_images_and_scores(tmp_path):
     still = dict.fromkeys(('rotation', 'zoom', 'shift', 'brightness', 'contrast'), 0.0)
     settings = ml_collections.ConfigDict(still | {'flip_horizontal': False, 'flip_vertical': False})
     images = np.random.default_rng(0).integers(0, 256, (20, 8, 8), np.uint8)
-    batch = {'image': images, 'index': np.arange(20, dtype=np.int32)}
+    batch = jax.device_put({'image': images, 'index': np.arange(20, dtype=np.int32)})
     scores = {'accuracy': 0.75, 'macro_f1': 0.7, 'loss': 0.5, 'n': 4}
     with training_log.open_writer(tmp_path) as writer:
         training_log.write_augmented(writer, 0, jax.random.key(0), batch, settings)
