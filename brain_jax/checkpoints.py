@@ -60,7 +60,10 @@ def open_checkpoints(workdir):
         'training': ocp.StandardCheckpointHandler(),
         'progress': ocp.JsonCheckpointHandler(),
     }
-    manager = ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+    try:
+        manager = ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+    except Exception as error:  # it reads the scores of all checkpoints, which may be damaged
+        raise InputError(f'the checkpoints in {directory} cannot be opened: {_reason(error)}') from error
     try:
         yield manager
         wait_until_saved(manager)

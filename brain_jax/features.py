@@ -118,7 +118,7 @@ def compute_features(feature_step, variables, examples, config, mesh, *, mirrore
     count = -(-len(everything) // config.eval_batch_size)
     description = 'Features of the mirror images' if mirrored else 'Features of the images'
     pooled = np.zeros((len(everything), variables['params']['predictions']['kernel'].shape[0]), np.float32)
-    for batch in tqdm.tqdm(batches, description, total=count, unit=' batches', disable=parallel.progress_bars()):
+    for batch in tqdm.tqdm(batches, description, total=count, unit=' batches', disable=parallel.hides_progress()):
         values, index = jax.tree.map(np.asarray, feature_step(variables, batch, mirrored))
         pooled[index[index >= 0]] = values[index >= 0]
     logging.info('%s: %d', description.lower(), len(everything))

@@ -177,7 +177,7 @@ def check_agreement(**values):
             raise InputError(f'processes {differing.tolist()} have another {name} than process 0: give all the same')
 
 
-def progress_bars():
+def hides_progress():
     """Returns what tqdm calls `disable`: bars show on a terminal, and of several processes only those of the first."""
     return True if jax.distributed.is_initialized() and jax.process_index() else None
 

@@ -102,7 +102,8 @@ def create_train_state(config, model, mesh, *, total_steps, steps_per_epoch):
     weights_sha256 = ''
     if config.pretrained:
         variables, weights_sha256 = pretrained.load_pretrained(config.pretrained, variables)
-    parallel.check_agreement(weights_sha256=weights_sha256, first_parameters=checkpoints.content_hash(variables))
+    if jax.process_count() > 1:
+        parallel.check_agreement(weights_sha256=weights_sha256, first_parameters=checkpoints.content_hash(variables))
     state, schedule = make_train_state(
         config, model, variables, total_steps=total_steps, steps_per_epoch=steps_per_epoch
     )
@@ -407,7 +408,7 @@ def train(
         process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
     batches = pipeline.Timed(pipeline.prefetch(batches, parallel.split_over_data(mesh)))
-    hidden = parallel.progress_bars()
+    hidden = parallel.hides_progress()
     bar = tqdm.tqdm(batches, 'Training', total_steps, initial=start_step, unit=' steps', disable=hidden)
     no_metrics = jax.jit(metrics.TrainMetrics.empty, out_shardings=parallel.replicated(mesh))
     last_health = None

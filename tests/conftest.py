@@ -24,6 +24,16 @@ def shared():
     return path
 
 
+@pytest.fixture(scope='session')
+def data(tmp_path_factory):
+    """Folders of 64 training and 20 test images, and the flags' values that name them."""
+    from brain_jax.data import phantom  # JAX reads the variables above when it is imported
+
+    folder = tmp_path_factory.mktemp('data')
+    phantom.make_phantom(folder / 'phantom', train_per_class=16, test_per_class=5, image_size=32)
+    return {'data_dir': str(folder / 'phantom'), 'prepared_dir': str(folder / 'prepared')}
+
+
 @pytest.fixture
 def check_in_chromium(tmp_path):
     """Returns a function that opens a page of our own in Chromium, offline, and checks what a reader would see.

@@ -162,3 +162,13 @@ def test_no_checkpoint_is_whole(saved, tmp_path):
 def test_nothing_to_remove(tmp_path):
     checkpoints.remove_damaged(tmp_path / 'nowhere')
     assert not (tmp_path / 'nowhere').exists()
+
+
+def test_damaged_scores_are_told_in_one_line(saved, tmp_path):
+    shutil.copytree(saved[0], tmp_path / 'run')
+    truncate(tmp_path / 'run/checkpoints/20/metrics/metrics')
+    with (
+        pytest.raises(InputError, match=r'the checkpoints in .* cannot be opened: JSONDecodeError'),
+        checkpoints.open_checkpoints(tmp_path / 'run'),
+    ):
+        pass

@@ -31,7 +31,7 @@ LIMIT = 240  # seconds for anything that must end; a run that hangs fails the te
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    """Folders of 64 training and 20 test images, and the flags' values that name them."""
+    """As the one of all tests, but prepared by the processes of the first run here."""
     folder = tmp_path_factory.mktemp('data')
     phantom.make_phantom(folder / 'phantom', train_per_class=16, test_per_class=5, image_size=32)
     return {'data_dir': str(folder / 'phantom'), 'prepared_dir': str(folder / 'prepared')}

@@ -13,16 +13,8 @@ from test_interruption import start, wait_for_checkpoint
 from test_train import REPOSITORY, TINY, assert_trees_equal, command, load_variables, make_config, run
 
 from brain_jax.benchmark import worker
-from brain_jax.data import phantom
 
 CHANGES = TINY | {'num_epochs': 120.0, 'checkpoint_every_steps': 25, 'eval_every_epochs': 15.0}  # 360 steps
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('data')
-    phantom.make_phantom(folder / 'phantom', train_per_class=16, test_per_class=5, image_size=32)
-    return {'data_dir': str(folder / 'phantom'), 'prepared_dir': str(folder / 'prepared')}
 
 
 @pytest.fixture(scope='module')

@@ -10,7 +10,6 @@ import pytest
 from test_train import TINY, assert_trees_equal, command, make_config, read_scalars, run
 
 from brain_jax import interruption
-from brain_jax.data import phantom
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 # What is kept beside the parameters is all in use, and no cadence divides another.
@@ -24,13 +23,6 @@ CHANGES = TINY | {
     'checkpoint_every_steps': 11,
     'eval_every_epochs': 7.3,
 }
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('data')
-    phantom.make_phantom(folder / 'phantom', train_per_class=16, test_per_class=5, image_size=32)
-    return {'data_dir': str(folder / 'phantom'), 'prepared_dir': str(folder / 'prepared')}
 
 
 def start(changes, workdir):

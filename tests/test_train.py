@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing import event_accumulator
 from tensorboard.util import tensor_util
 
 from brain_jax import InputError, checkpoints, finished_run, models, parallel, run_folder, train
-from brain_jax.data import phantom, pipeline
+from brain_jax.data import pipeline
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 get_config = runpy.run_path(str(REPOSITORY / 'configs/densenet121.py'))['get_config']
@@ -34,14 +34,6 @@ TINY = {
     'log_every_steps': 2,
     'checkpoint_every_steps': 2,
 }
-
-
-@pytest.fixture(scope='session')
-def data(tmp_path_factory):
-    """Folders of 64 training and 20 test images, and the flags' values that name them."""
-    folder = tmp_path_factory.mktemp('data')
-    phantom.make_phantom(folder / 'phantom', train_per_class=16, test_per_class=5, image_size=32)
-    return {'data_dir': str(folder / 'phantom'), 'prepared_dir': str(folder / 'prepared')}
 
 
 def make_config(data, mode='scratch', **changes):

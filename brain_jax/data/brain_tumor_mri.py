@@ -354,7 +354,7 @@ def _quiet_tfds():
 
 def _progress(files, description):
     """Wraps files in a progress bar, shown on a terminal only."""
-    return tqdm.tqdm(files, desc=description, unit=' images', leave=False, disable=parallel.progress_bars())
+    return tqdm.tqdm(files, desc=description, unit=' images', leave=False, disable=parallel.hides_progress())
 
 
 def _find_unreadable(folder, split):

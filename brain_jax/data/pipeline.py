@@ -199,7 +199,7 @@ def _map_images(function, sources, description):
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(call, range(len(rows)))
-        hidden = parallel.progress_bars()
+        hidden = parallel.hides_progress()
         return list(tqdm.tqdm(results, description, len(rows), unit=' images', leave=False, disable=hidden))
 
 
