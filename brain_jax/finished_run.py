@@ -62,15 +62,7 @@ def load_run(workdir, data_dir=None, groups=None, *, images=None, pooled=None):
     """
     workdir = pathlib.Path(workdir)
     run, summary = run_folder.read_finished_run(workdir)
-    config = ml_collections.ConfigDict(run['config'])
-    try:
-        run_folder.use_compilation_cache(config, workdir)
-        model = train.create_model(config, len(run['class_names']))
-    except (AttributeError, KeyError) as error:  # of ml_collections: the field, in quotes
-        field = str(error).strip('"\'')
-        raise InputError(
-            f'the run in {workdir} is of another version of brain_jax: its configuration lacks {field}'
-        ) from None
+    config, model = read_network(workdir, run)
     config.data_dir = data_dir or config.data_dir
     config.groups = config.groups if groups is None else groups
     dataset = pipeline.split_images(images or train.load_images(config, workdir), config)
@@ -94,6 +86,27 @@ def load_run(workdir, data_dir=None, groups=None, *, images=None, pooled=None):
         step=summary['best_step'],
         checkpoint_sha256=checkpoints.content_hash([variables['params'], variables['batch_stats']]),
     )
+
+
+def read_network(workdir, run):
+    """Returns the configuration and the `DenseNet` of a run, and sets up the cache of compiled programs.
+
+    Args:
+      workdir: pathlib.Path, the run's folder.
+      run: content of its `run.json`.
+
+    Raises:
+      InputError: where the configuration is of another version.
+    """
+    config = ml_collections.ConfigDict(run['config'])
+    try:
+        run_folder.use_compilation_cache(config, workdir)
+        return config, train.create_model(config, len(run['class_names']))
+    except (AttributeError, KeyError) as error:  # of ml_collections: the field, in quotes
+        field = str(error).strip('"\'')
+        raise InputError(
+            f'the run in {workdir} is of another version of brain_jax: its configuration lacks {field}'
+        ) from None
 
 
 def load_variables(workdir, config, model, mesh, step):
@@ -149,3 +162,17 @@ def predict(run, split):
         logits, mask = jax.tree.map(np.asarray, run.logits_step(run.variables, batch))
         parts.append(logits[mask])
     return np.concatenate(parts)
+
+
+def pooled_features(run):
+    """Computes what the head of a run sees of every image of its data set, mirrored none: float32 [images, channels].
+
+    In mode 'frozen' they were computed for the training, and kept.
+    """
+    if run.config.mode == 'frozen':
+        variables = run.variables['params'], run.variables['batch_stats']
+        return features.load_features(run.dataset, run.model, *variables, run.config, run.mesh)[:, 0]
+    feature_step = features.make_feature_step(run.model, run.mesh)
+    return features.compute_features(
+        feature_step, run.variables, run.dataset.train, run.config, run.mesh, mirrored=False
+    )

@@ -144,10 +144,13 @@ def apply_network(model, variables, inputs, *, train):
     return logits, updates['batch_stats']
 
 
-def evaluate_network(model, config, variables, inputs):
-    """Computes logits for evaluation, with `config.average_flips` the mean of those of an image and its mirror image.
+def averages_flips(config):
+    """Tells whether answers are means over an image and its mirror image: where asked for, and shown in training."""
+    return bool(config.average_flips and config.augment.flip_horizontal)
 
-    Mirror images are asked only where training shows them, too: `config.augment.flip_horizontal`.
+
+def evaluate_network(model, config, variables, inputs):
+    """Computes logits for evaluation, where `averages_flips` the mean of those of an image and its mirror image.
 
     Args:
       model: a `DenseNet`.
@@ -159,7 +162,7 @@ def evaluate_network(model, config, variables, inputs):
       float32 [batch, classes].
     """
     views = [inputs, inputs[:, :, ::-1]] if inputs.dtype == jnp.uint8 else list(inputs.swapaxes(0, 1))
-    views = views if config.average_flips and config.augment.flip_horizontal else views[:1]
+    views = views if averages_flips(config) else views[:1]
     return sum(apply_network(model, variables, view, train=False)[0] for view in views) / len(views)
 
 

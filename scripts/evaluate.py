@@ -15,7 +15,7 @@ import tensorflow as tf
 from absl import app, flags, logging
 
 from brain_jax import InputError
-from brain_jax.evaluation import evaluate, wording
+from brain_jax.evaluation import evaluate, out_of_distribution, wording
 
 _WORKDIR = flags.DEFINE_string('workdir', None, "The run's folder.", required=True)
 _SPLIT = flags.DEFINE_enum('split', 'test', ['test', 'validation'], 'Which images to score.')
@@ -27,6 +27,9 @@ _WANTED_ERROR = flags.DEFINE_multi_float(
     'wanted_error',
     list(evaluate.WANTED_ERRORS),
     'Share of wrong answers for which to find the confidence to answer from.',
+)
+_FALSE_ALARMS = flags.DEFINE_float(
+    'false_alarms', out_of_distribution.FALSE_ALARMS, 'Share of images that may be taken for no image of this kind.'
 )
 
 
@@ -45,6 +48,7 @@ def main(argv):
             groups=_GROUPS.value,
             other_workdir=_COMPARE.value,
             wanted_errors=_WANTED_ERROR.value,
+            false_alarms=_FALSE_ALARMS.value,
         )
     except InputError as error:
         sys.exit(f'error: {error}')

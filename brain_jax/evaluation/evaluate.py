@@ -10,7 +10,7 @@ from scipy import special
 
 from brain_jax import InputError, finished_run, run_folder
 from brain_jax.data import leakage, pipeline
-from brain_jax.evaluation import report, scores
+from brain_jax.evaluation import out_of_distribution, report, scores
 
 WANTED_ERRORS = (0.01, 0.02, 0.05)  # shares of wrong answers among those given
 
@@ -75,12 +75,13 @@ def evaluate_run(
     groups=None,
     other_workdir=None,
     wanted_errors=WANTED_ERRORS,
+    false_alarms=out_of_distribution.FALSE_ALARMS,
 ):
     """Evaluates the best checkpoint of a run and writes all that is known about it.
 
     Written are, in `output`, metrics.json, predictions.csv, calibration.json, figures and report.html; in the workdir,
-    where the images and their split are those of the training, calibration.json, TensorBoard summaries and, for the
-    test split, MODEL_CARD.md.
+    where the images and their split are those of the training, calibration.json, out_of_distribution.npz, TensorBoard
+    summaries and, for the test split, MODEL_CARD.md.
 
     Args:
       workdir: the run's folder.
@@ -90,6 +91,7 @@ def evaluate_run(
       groups: another group table, '' for none; None: that of the run.
       other_workdir: a run to compare with on the images that both have in this split, or None.
       wanted_errors: shares of wrong answers for which to find the confidence to answer from.
+      false_alarms: share of validation images that may be taken for others than a run was made for.
 
     Returns:
       The content of metrics.json, a dictionary.
@@ -101,6 +103,8 @@ def evaluate_run(
     for wanted_error in wanted_errors:
         if not 0 < wanted_error < 1:
             raise InputError(f'wanted_error is {wanted_error:g}: give a share of wrong answers, such as 0.01')
+    if not 0 < false_alarms < 1:
+        raise InputError(f'false_alarms is {false_alarms:g}: give a share of images, such as 0.05')
     workdir, output = pathlib.Path(workdir), pathlib.Path(output)
     if output.exists() and not output.is_dir():
         raise InputError(f'the output {output} is a file: give a folder')
@@ -121,9 +125,40 @@ def evaluate_run(
     comparison = None
     if other_workdir:
         comparison = compare_runs(run, predictions, split, finished_run.load_run(other_workdir, data_dir, groups))
-    metrics = describe_run(run, split) | score_run(predictions, calibration) | {'comparison': comparison}
+    detector, distances = detect_strangers(run, split, false_alarms)
+    metrics = describe_run(run, split) | score_run(predictions, calibration)
+    metrics |= {
+        'out_of_distribution': score_strangers(detector, distances, predictions.parts, false_alarms),
+        'comparison': comparison,
+    }
     report.write_outputs(predictions, metrics, output, workdir)
+    if detector is not None:
+        out_of_distribution.save(workdir, detector, run.checkpoint_sha256)
     return metrics
+
+
+def detect_strangers(run, split, false_alarms):
+    """Fits what tells images apart from those that the run was made for, see `out_of_distribution`.
+
+    Returns:
+      A `Detector` and the distances of the images of the split, float64 [n]; None, None without validation images of
+      the training.
+    """
+    if run.dataset.validation is None or run.dataset.split_sha256 != run.run['split_sha256']:
+        return None, None
+    pooled = finished_run.pooled_features(run)
+    detector = out_of_distribution.fit(
+        pooled[run.dataset.train.index], pooled[run.dataset.validation.index], false_alarms
+    )
+    return detector, out_of_distribution.distances(detector, pooled[getattr(run.dataset, split).index])
+
+
+def score_strangers(detector, distances, parts, false_alarms):
+    """Returns the share of images of each part that are taken for others than the run was made for; None without."""
+    if detector is None:
+        return None
+    shares = {name: float(np.mean(distances[rows] > detector.threshold)) for name, rows in parts.items() if rows.any()}
+    return {'wanted_false_alarms': false_alarms, 'threshold': detector.threshold, 'false_alarms': shares}
 
 
 def calibrate(examples, logits, wanted_errors):

@@ -133,6 +133,10 @@ def summarize(metrics):
     before, after = (show(whole, name)[0] for name in ('ece', 'ece_calibrated'))
     fitted = 'no temperature' if temperature is None else f'temperature {temperature:.3f}'
     lines.append(f'Expected calibration error {before}, calibrated {after} ({fitted})')
+    if metrics['out_of_distribution']:
+        share = metrics['out_of_distribution']['false_alarms'][metrics['protocol']]
+        wanted = metrics['out_of_distribution']['wanted_false_alarms']
+        lines.append(f'Taken for no image of this kind: {100 * share:.1f} % (wanted: {100 * wanted:g} %)')
     if metrics['comparison']:
         row = metrics['comparison']['parts'][metrics['protocol']]
         difference, interval = show(row, 'difference')
