@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -105,7 +106,10 @@ class Worker:
             self._log.seek(0)
             log = self._log.read().decode(errors='replace').strip().splitlines()
             last = f': {log[-1].strip()}' if log else ''
-            raise ContenderError(f'the process ended with status {self._process.wait()}{last}')
+            status = self._process.wait()
+            if status == -signal.SIGKILL:
+                last = ': killed, as systems do for want of memory; measure fewer --contenders at once'
+            raise ContenderError(f'the process ended with status {status}{last}')
         reply = json.loads(line)
         if 'error' in reply:
             raise ContenderError(' '.join(reply['error'].split())[:300])
