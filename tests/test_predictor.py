@@ -25,7 +25,7 @@ def make_run(data, workdir, **changes):
     )  # fmt: skip
     config.update(changes)
     train.train_and_evaluate(config.lock(), workdir)
-    evaluate.evaluate_run(workdir, workdir / 'evaluation_test', wanted_errors=(0.05, 0.5))
+    evaluate.evaluate_run(workdir, workdir / 'evaluation_test', wanted_errors=(0.05, 0.9))
     return workdir
 
 
@@ -41,7 +41,7 @@ def answers(workdir, data):
     folder = pathlib.Path(data['data_dir'])
     paths = sorted(path.relative_to(folder).as_posix() for path in folder.glob('Testing/*/*.png'))
     pictures = [images.read_image(folder / path) for path in paths]
-    return paths, pictures, predictor.Predictor.from_workdir(workdir, wanted_error=0.5).predict(pictures)
+    return paths, pictures, predictor.Predictor.from_workdir(workdir, wanted_error=0.9).predict(pictures)
 
 
 def test_answers_are_those_of_the_evaluation(workdir, answers):
@@ -59,7 +59,7 @@ def test_answers_are_those_of_the_evaluation(workdir, answers):
 
 def test_abstains_below_the_threshold_of_validation(workdir, answers):
     calibration = json.loads((workdir / 'calibration.json').read_text())
-    (threshold,) = (row['threshold'] for row in calibration['thresholds'] if row['wanted_error'] == 0.5)
+    (threshold,) = (row['threshold'] for row in calibration['thresholds'] if row['wanted_error'] == 0.9)
     reasons = [prediction.reason for prediction in answers[2]]
     for prediction in answers[2]:
         assert prediction.abstain == (prediction.reason != '')
@@ -72,7 +72,7 @@ def test_abstains_below_the_threshold_of_validation(workdir, answers):
 
 def test_one_by_one_is_as_together(workdir, answers):
     _, pictures, together = answers
-    loaded = predictor.Predictor.from_workdir(workdir, wanted_error=0.5)
+    loaded = predictor.Predictor.from_workdir(workdir, wanted_error=0.9)
     for picture, expected in zip(pictures[:3], together, strict=False):
         (alone,) = loaded.predict([picture])
         np.testing.assert_allclose(alone.probabilities, expected.probabilities, atol=1e-5)
@@ -92,14 +92,14 @@ def test_any_size_is_padded_and_resized(workdir):
 
 def test_white_noise_is_no_head(workdir):
     noise = np.random.default_rng(0).integers(0, 256, (8, 32, 32), np.uint8)
-    predictions = predictor.Predictor.from_workdir(workdir, wanted_error=0.5).predict(noise)
+    predictions = predictor.Predictor.from_workdir(workdir, wanted_error=0.9).predict(noise)
     assert {row.reason for row in predictions} == {'out_of_distribution'}
 
 
 def test_folders_that_cannot_answer(workdir, tmp_path):
     with pytest.raises(InputError, match=r'there is no run\.json in it'):
         predictor.Predictor.from_workdir(tmp_path)
-    with pytest.raises(InputError, match=r'wanted_error is 0\.3: scripts/evaluate\.py looked for 0\.05, 0\.5; use'):
+    with pytest.raises(InputError, match=r'wanted_error is 0\.3: scripts/evaluate\.py looked for 0\.05, 0\.9; use'):
         predictor.Predictor.from_workdir(workdir, wanted_error=0.3)
     copy = shutil.copytree(workdir, tmp_path / 'copy')
     calibration = json.loads((copy / 'calibration.json').read_text())

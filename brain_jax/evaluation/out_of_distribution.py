@@ -24,9 +24,9 @@ class Detector(NamedTuple):
     (Tipping and Bishop, 1999): a sample covariance of so many channels could not be inverted.
 
     Attributes:
-      mean: float32 [channels].
-      components: float32 [components, channels], orthonormal.
-      variance: float32 [components], along them.
+      mean: float64 [channels].
+      components: float64 [components, channels], orthonormal.
+      variance: float64 [components], along them.
       rest: variance in every other direction.
       threshold: distance of the validation images that lie farthest away, but for the share of false alarms.
     """
@@ -50,7 +50,7 @@ def fit(train_pooled, validation_pooled, false_alarms=FALSE_ALARMS):
       A `Detector`.
     """
     count = min(COMPONENTS, len(train_pooled) - 1, train_pooled.shape[1] - 1)
-    found = decomposition.PCA(count, random_state=0).fit(train_pooled)
+    found = decomposition.PCA(count, random_state=0).fit(np.asarray(train_pooled, np.float64))
     detector = Detector(
         mean=found.mean_,
         components=found.components_,
@@ -65,8 +65,8 @@ def distances(detector, pooled):
     """Returns the Mahalanobis distances of what the head sees of images, float64 [n]."""
     centred = np.asarray(pooled, np.float64) - detector.mean
     along = centred @ detector.components.T
-    beside = np.maximum(np.sum(centred**2, axis=1) - np.sum(along**2, axis=1), 0)
-    return np.sqrt(np.sum(along**2 / detector.variance, axis=1) + beside / detector.rest)
+    beside = centred - along @ detector.components
+    return np.sqrt(np.sum(along**2 / detector.variance, axis=1) + np.sum(beside**2, axis=1) / detector.rest)
 
 
 def save(workdir, detector, checkpoint_sha256):
