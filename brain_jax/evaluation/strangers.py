@@ -44,7 +44,7 @@ def make_sets(pictures, *, seed=0):
         'textures': _crop(rng, [images.read_image(folder / name) for name in TEXTURES]),
         'faces': _faces(folder),
         'text': [_page(rng) for _ in range(60)] + _crop(rng, [images.read_image(folder / 'page.png')]),
-        'noise': [_noise(rng, blur) for blur in np.repeat((0, 1, 4, 16), 25)],
+        'noise': [_noise(rng, blur) for blur in (0, 1, 4, 16) for _ in range(25)],
         'blank': _blank(),
         'microscopy and retina': _crop(rng, medicine),
         'other DICOM': _dicom(),
