@@ -7,10 +7,12 @@ import json
 import os
 import pathlib
 import pickle
+import re
 import select
 import struct
 import subprocess
 import sys
+import textwrap
 import zipfile
 import zlib
 
@@ -23,7 +25,7 @@ from absl import flags
 from ml_collections import config_flags
 from PIL import Image
 
-from brain_jax import InputError
+from brain_jax import InputError, pretrained
 from brain_jax.data import brain_tumor_mri
 
 pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='memory is measured as Linux counts it')
@@ -262,6 +264,24 @@ HDF5 = {
     'weights from a named pipe': (named_pipe, 'no such weights file'),
     'weights from a device': (link_to('/dev/zero'), 'no such weights file'),
 }
+
+
+def test_what_the_documentation_tells_makes_a_plain_file(tmp_path, monkeypatch):
+    make = put(data=np.array([3, 5], 'f4'), chunks=(1,), compression='gzip')
+    make(tmp_path).rename(tmp_path / 'old.h5')
+    with h5py.File(tmp_path / 'old.h5', 'r+') as file:
+        file['bn'].attrs['name'] = 'bn'
+    with pytest.raises(InputError, match=NOT_PLAIN):
+        pretrained.load_pretrained(tmp_path / 'old.h5', seeds.VARIABLES)
+    page = (ROOT / 'docs' / 'reliability.md').read_text()
+    (program,) = re.findall(r'^ +import h5py\n(?: {6}.*\n|\n)+', page, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    exec(textwrap.dedent(program), {})
+    variables, _ = pretrained.load_pretrained(tmp_path / 'new.h5', seeds.VARIABLES)
+    assert variables['params']['bn']['scale'].tolist() == [3, 5]
+    with h5py.File(tmp_path / 'new.h5') as file:
+        assert file['bn'].attrs['name'] == 'bn'
+
 
 # Weights in .keras files.
 
