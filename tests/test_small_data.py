@@ -63,7 +63,7 @@ def test_one_image_of_each_class(mode, tmp_path):
         assert metrics['standard']['accuracy'] == summary['test']['accuracy']
 
 
-def test_one_image(tmp_path):
+def test_image_that_is_alone(tmp_path):
     data = write_images(tmp_path, (1, 0, 0, 0), (1, 0, 0, 0), draw_noise())
     with pytest.raises(InputError, match='glioma is the only class, so there is nothing to tell apart'):
         train.train_and_evaluate(make_config(data, validation_fraction=0.0), tmp_path / 'run')
