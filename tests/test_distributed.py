@@ -70,6 +70,13 @@ def test_processes_do_what_one_does_with_their_devices(processes, devices, data,
     assert all('accuracy' not in log_of(workdir, index).read_text() for index in range(1, processes))
 
 
+def test_four_devices_do_what_one_does(one_process):
+    summary, variables = one_process(4)
+    expected_summary, expected = one_process(1)
+    assert summary['test']['loss'] == pytest.approx(expected_summary['test']['loss'], rel=1e-3)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), variables, expected)
+
+
 def check_asked_to_stop(asked, changes, workdir, after):
     """Asks one of two processes to stop, after a later step than `after`; returns the step that both have saved."""
     started = start_run(changes, workdir, processes=2)
