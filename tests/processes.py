@@ -11,8 +11,10 @@ import pathlib
 import socket
 import sys
 import time
+from multiprocessing import forkserver
 
 import jax
+import pytest
 from absl import app
 from test_train import load_variables, make_config
 
@@ -40,6 +42,10 @@ def call_main(flags):
 
 def start(devices, log, function, *arguments):
     """Starts one process."""
+    with pytest.MonkeyPatch.context() as patch:
+        # Python 3.11 does not tell the process that is forked where modules are, and it goes on without them.
+        patch.setenv('PYTHONPATH', os.pathsep.join(sys.path))
+        forkserver.ensure_running()
     process = CONTEXT.Process(target=work, args=(devices, str(log), function, *arguments))
     process.start()
     return process
