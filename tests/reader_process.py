@@ -15,7 +15,7 @@ import time
 import seeds
 
 from brain_jax import InputError, pretrained
-from brain_jax.data import images, reference
+from brain_jax.data import groups, images, reference
 
 SECONDS = 30  # for one file, by the clock; it should take less than 5, but a busy machine is not to fail
 ADDRESSES = 8 << 30  # bytes that a child may map more than it has, to spare the machine
@@ -32,6 +32,8 @@ READERS = {
     'image': read_image,
     'weights': lambda path: pretrained.load_pretrained(path, seeds.VARIABLES),
     'figshare': lambda path: images.pad_and_resize(reference.read_figshare(path)[0], 64),
+    'groups': groups.read_table,
+    'reference': reference.read_reference,
 }
 
 

@@ -100,7 +100,7 @@ print(hashlib.sha256(steps['train_step'].as_text().encode()).hexdigest())
 def test_every_process_has_the_same_program():
     """Else no process finds what another one compiled, and several cannot compute together."""
     programs = set()
-    for seed in range(4):  # of the order of sets
+    for seed in range(3):  # of the order of sets
         environment = os.environ | {'PYTHONHASHSEED': str(seed), 'PYTHONPATH': str(REPOSITORY), 'JAX_PLATFORMS': 'cpu'}
         command = [sys.executable, '-c', LOWERED_STEP]
         programs.add(subprocess.run(command, env=environment, cwd=REPOSITORY, check=True, capture_output=True).stdout)

@@ -1,32 +1,36 @@
 """Runs of several processes on one machine, which talk to each other by its loopback."""
 
-import json
-import multiprocessing
 import os
 import pathlib
 import re
 import runpy
 import signal
-import socket
-import sys
 import time
 
 import jax
 import numpy as np
 import pytest
-from absl import app
-from test_train import TINY, assert_trees_equal, load_variables, make_config
+from processes import (
+    CONFIG,
+    call_main,
+    checkpoint_steps,
+    finish,
+    free_port,
+    last_line,
+    log_of,
+    run,
+    start,
+    start_run,
+    wait_for_checkpoint,
+)
+from test_train import TINY, assert_trees_equal, make_config
 
-from brain_jax import InputError, main, parallel, run_folder
+from brain_jax import InputError, interruption, parallel, run_folder
 from brain_jax.data import phantom, pipeline
 
-CONFIG = pathlib.Path(__file__).parents[1] / 'configs/densenet121.py'
-# Its processes are forked from one that has imported everything, which takes longer than what they do.
-CONTEXT = multiprocessing.get_context('forkserver')
-CONTEXT.set_forkserver_preload(['test_distributed'])
 SETTINGS = TINY | {'eval_batch_size': 16, 'optimizer': 'sgd', 'learning_rate': 0.05, 'num_epochs': 1.0}
-LONGER = {'num_epochs': 6.0}  # so that it is still going on when it is killed
-LIMIT = 240  # seconds for anything that must end; a run that hangs fails the test
+# So that it is still going on when it is stopped: JAX looks once a second whether a process was asked to.
+LONGER = {'num_epochs': 80.0, 'eval_every_epochs': 20.0, 'checkpoint_every_steps': 20}  # 240 steps
 
 
 @pytest.fixture(scope='module')
@@ -37,76 +41,6 @@ def data(tmp_path_factory):
     return {'data_dir': str(folder / 'phantom'), 'prepared_dir': str(folder / 'prepared')}
 
 
-def work(devices, log, function, *arguments):
-    """Calls a function in a new process, with so many devices and its own log."""
-    jax.config.update('jax_num_cpu_devices', devices)
-    jax.config.update('jax_disable_most_optimizations', True)  # most of the time goes into compiling
-    os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY), 2)
-    function(*arguments)
-
-
-def call_main(flags):
-    """Does what `python -m brain_jax.main` does."""
-    sys.argv = ['main', *flags]  # here ml_collections looks for the fields that are set
-    app.run(main.main, flags_parser=main.parse_flags)
-
-
-def start(devices, log, function, *arguments):
-    process = CONTEXT.Process(target=work, args=(devices, str(log), function, *arguments))
-    process.start()
-    return process
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(('127.0.0.1', 0))
-        return listener.getsockname()[1]
-
-
-def start_run(changes, workdir, *, processes, devices, mode):
-    """Starts all processes of a run; their logs are beside the workdir."""
-    port = free_port()
-    flags = [f'--config={CONFIG}:{mode}', f'--workdir={workdir}']
-    flags += [f'--config.{name}={value}' for name, value in changes.items()]
-    addresses = [f'127.0.0.1:{port},{processes},{index}' if processes > 1 else 'off' for index in range(processes)]
-    return [
-        start(devices, log_of(workdir, index), call_main, [*flags, f'--config.distributed={address}'])
-        for index, address in enumerate(addresses)
-    ]
-
-
-def log_of(workdir, index):
-    return workdir.with_name(f'{workdir.name}.{index}.log')
-
-
-def finish(started):
-    """Waits for processes; returns their exit codes."""
-    deadline = time.monotonic() + LIMIT
-    for process in started:
-        process.join(max(0, deadline - time.monotonic()))
-    codes = [process.exitcode for process in started]
-    for process in started:
-        process.kill()
-    return codes
-
-
-def last_line(log):
-    """Returns the last line for the user, which may be printed just after the process has ended."""
-    deadline = time.monotonic() + 10
-    while not (lines := log.read_text().strip().splitlines()) or not lines[-1].startswith('error: '):
-        assert time.monotonic() < deadline, lines
-        time.sleep(0.05)
-    return lines[-1]
-
-
-def run(changes, workdir, *, mode='scratch', **kwargs):
-    """Runs all processes to the end; returns the summary, and the parameters and statistics of the last step."""
-    codes = finish(start_run(changes, workdir, mode=mode, **kwargs))
-    assert codes == [0] * len(codes), [log_of(workdir, index).read_text()[-2000:] for index in range(len(codes))]
-    summary = json.loads((workdir / 'summary.json').read_text())
-    return summary, load_variables(make_config({}, mode, **changes), workdir, summary['steps'])
-
-
 @pytest.fixture(scope='module')
 def one_process(data, tmp_path_factory):
     """Returns a function from the number of devices to what one process makes of them."""
@@ -114,13 +48,13 @@ def one_process(data, tmp_path_factory):
 
     def get(devices):
         if devices not in known:
-            known[devices] = run(SETTINGS | data, folder / str(devices), processes=1, devices=devices)
+            known[devices] = run(SETTINGS | data, folder / str(devices), devices=devices)
         return known[devices]
 
     return get
 
 
-@pytest.mark.parametrize(('processes', 'devices'), [(2, 2), (4, 1), (4, 2)])
+@pytest.mark.parametrize(('processes', 'devices'), [(2, 2), (4, 1), pytest.param(4, 2, marks=pytest.mark.soak)])
 def test_processes_do_what_one_does_with_their_devices(processes, devices, data, one_process, tmp_path):
     workdir = tmp_path / 'run'
     summary, variables = run(SETTINGS | data, workdir, processes=processes, devices=devices)
@@ -132,24 +66,34 @@ def test_processes_do_what_one_does_with_their_devices(processes, devices, data,
     for name in ('config_sha256', 'split_sha256', 'best_step', 'steps'):
         assert summary[name] == expected_summary[name]
     assert len(list(workdir.glob('events.*'))) == 1
-    assert 'step 3, test: accuracy' in log_of(workdir, 0).read_text()
+    assert 'step 3, test: accuracy' in log_of(workdir).read_text()
     assert all('accuracy' not in log_of(workdir, index).read_text() for index in range(1, processes))
 
 
-@pytest.fixture(scope='module')
-def never_stopped(data, tmp_path_factory):
-    """What one process makes of two devices in more steps."""
-    return run(SETTINGS | data | LONGER, tmp_path_factory.mktemp('whole') / 'run', processes=1, devices=2)
+def test_four_devices_do_what_one_does(one_process):
+    summary, variables = one_process(4)
+    expected_summary, expected = one_process(1)
+    assert summary['test']['loss'] == pytest.approx(expected_summary['test']['loss'], rel=1e-3)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), variables, expected)
 
 
-@pytest.mark.parametrize('killed', [1, 0])
-def test_killed_process_ends_all_and_the_restart_goes_on(killed, data, never_stopped, tmp_path):
-    workdir, changes = tmp_path / 'run', SETTINGS | data | LONGER
-    started = start_run(changes, workdir, processes=2, devices=1, mode='scratch')
-    deadline = time.monotonic() + LIMIT
-    while not any(path.name.isdigit() for path in workdir.glob('checkpoints/*')):
-        assert all(process.is_alive() for process in started) and time.monotonic() < deadline
-        time.sleep(0.01)
+def check_asked_to_stop(asked, changes, workdir, after):
+    """Asks one of two processes to stop, after a later step than `after`; returns the step that both have saved."""
+    started = start_run(changes, workdir, processes=2)
+    wait_for_checkpoint(started, workdir, after)
+    os.kill(started[asked].pid, signal.SIGTERM)
+    assert finish(started) == [interruption.EXIT_CODE] * 2
+    logs = [log_of(workdir, index).read_text() for index in range(2)]
+    steps = [re.search(r'stopped: step (\d+) of \d+ is saved: the same command goes on', log)[1] for log in logs]
+    assert steps == [str(checkpoint_steps(workdir)[-1])] * 2
+    assert all('Traceback' not in log for log in logs)
+    return int(steps[0])
+
+
+def check_killed(killed, changes, workdir, after):
+    """Kills one of two processes, after a later step than `after`: the other ends, too. Returns the last saved step."""
+    started = start_run(changes, workdir, processes=2)
+    wait_for_checkpoint(started, workdir, after)
     started[killed].kill()
     start_time = time.monotonic()
     codes = finish(started)
@@ -157,21 +101,31 @@ def test_killed_process_ends_all_and_the_restart_goes_on(killed, data, never_sto
     assert codes[killed] == -signal.SIGKILL and codes[1 - killed] not in (0, None)
     last = last_line(log_of(workdir, 1 - killed))
     assert re.match(f'error: process {1 - killed} of 2.*the same command, given to all of them again, goes on', last)
-    assert not (workdir / 'summary.json').exists()
+    return checkpoint_steps(workdir)[-1]
 
-    summary, variables = run(changes, workdir, processes=2, devices=1)
-    assert 'going on from step' in log_of(workdir, 0).read_text()
-    expected_summary, expected = never_stopped
+
+@pytest.mark.parametrize('asked', [1, pytest.param(0, marks=pytest.mark.soak)])
+def test_one_of_two_processes_is_asked_to_stop_or_killed(asked, data, tmp_path):
+    """The same command goes on, three times, and ends as one process with two devices that is never stopped."""
+    workdir, changes = tmp_path / 'run', SETTINGS | data | LONGER
+    step = -1
+    for check, process in ((check_asked_to_stop, asked), (check_killed, 1), (check_killed, 0)):
+        step = check(process, changes, workdir, step)
+        print(f'{check.__name__}({process}): {step} steps are saved', flush=True)
+        assert not (workdir / 'summary.json').exists()
+    summary, variables = run(changes, workdir, processes=2)
+    assert f'going on from step {step} of ' in log_of(workdir).read_text()
+    expected_summary, expected = run(changes, tmp_path / 'whole', devices=2)
     assert_trees_equal(variables, expected)  # a sum of two has no order
     assert summary['test'] == expected_summary['test']
 
 
 def test_head_on_frozen_features(data, tmp_path):
     changes = TINY | data | {'eval_batch_size': 16}
-    _, variables = run(changes, tmp_path / 'two', processes=2, devices=1, mode='frozen')
+    _, variables = run(changes, tmp_path / 'two', processes=2, mode='frozen')
     for features in pathlib.Path(data['prepared_dir']).glob('**/features_*'):
         features.unlink()
-    _, expected = run(changes, tmp_path / 'one', processes=1, devices=2, mode='frozen')
+    _, expected = run(changes, tmp_path / 'one', devices=2, mode='frozen')
     assert_trees_equal(variables, expected)
 
 

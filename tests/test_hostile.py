@@ -7,10 +7,12 @@ import json
 import os
 import pathlib
 import pickle
+import re
 import select
 import struct
 import subprocess
 import sys
+import textwrap
 import zipfile
 import zlib
 
@@ -23,7 +25,7 @@ from absl import flags
 from ml_collections import config_flags
 from PIL import Image
 
-from brain_jax import InputError
+from brain_jax import InputError, pretrained
 from brain_jax.data import brain_tumor_mri
 
 pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='memory is measured as Linux counts it')
@@ -262,6 +264,24 @@ HDF5 = {
     'weights from a named pipe': (named_pipe, 'no such weights file'),
     'weights from a device': (link_to('/dev/zero'), 'no such weights file'),
 }
+
+
+def test_what_the_documentation_tells_makes_a_plain_file(tmp_path, monkeypatch):
+    make = put(data=np.array([3, 5], 'f4'), chunks=(1,), compression='gzip')
+    make(tmp_path).rename(tmp_path / 'old.h5')
+    with h5py.File(tmp_path / 'old.h5', 'r+') as file:
+        file['bn'].attrs['name'] = 'bn'
+    with pytest.raises(InputError, match=NOT_PLAIN):
+        pretrained.load_pretrained(tmp_path / 'old.h5', seeds.VARIABLES)
+    page = (ROOT / 'docs' / 'reliability.md').read_text()
+    (program,) = re.findall(r'^ +import h5py\n(?: {6}.*\n|\n)+', page, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    exec(textwrap.dedent(program), {})
+    variables, _ = pretrained.load_pretrained(tmp_path / 'new.h5', seeds.VARIABLES)
+    assert variables['params']['bn']['scale'].tolist() == [3, 5]
+    with h5py.File(tmp_path / 'new.h5') as file:
+        assert file['bn'].attrs['name'] == 'bn'
+
 
 # Weights in .keras files.
 
@@ -590,8 +610,9 @@ def test_only_the_weights_of_a_zip_file_are_read(tmp_path, reader_process):
 def write_classes(folder):
     """Writes the smallest data folder."""
     for split in ('Training', 'Testing'):
-        (folder / split / 'glioma').mkdir(parents=True)
-        (folder / split / 'glioma' / 'a.png').write_bytes(png())
+        for name in ('glioma', 'notumor'):
+            (folder / split / name).mkdir(parents=True)
+            (folder / split / name / 'a.png').write_bytes(png())
     return folder / 'Training' / 'glioma'
 
 
@@ -610,13 +631,45 @@ def test_links_in_a_data_folder(tmp_path, reader_process):
     with pytest.raises(InputError, match='loop: a class folder with only folders'):
         brain_tumor_mri.read_folder(folder)
     (folder / 'Training' / 'loop').unlink()
-    names = [name for name, _ in brain_tumor_mri.read_folder(folder).files['train']]
+    names = [name for name, label in brain_tumor_mri.read_folder(folder).files['train'] if label == 0]
     assert [pathlib.Path(name).name for name in names] == ['a.png', 'device', 'image', 'pipe', 'self', 'text']
     results = {pathlib.Path(name).name: reader_process('image', folder / name) for name in names}
     assert {name for name, result in results.items() if result['outcome'] == 'read'} == {'a.png', 'image'}
     for name, fragment in (('device', 'not a file'), ('pipe', 'not a file'), ('self', 'not a file'), ('text', 'not a')):
         check_refused(results[name], folder / 'Training' / 'glioma' / name, fragment)
         assert 'password' not in results[name]['message']
+
+
+def reference_of_pipes(folder):
+    for name in ('a.mat', 'a.csv'):
+        os.mkfifo(folder / name)
+    return folder
+
+
+def reference_that_lists_a_pipe(folder):
+    os.mkfifo(folder / 'pipe.png')
+    (folder / 'patients.csv').write_text('path,patient_id\npipe.png,1\n')
+    return folder
+
+
+@pytest.mark.parametrize(
+    ('reader', 'make', 'message'),
+    [
+        ('groups', named_pipe, 'group table {path} cannot be read: not a file'),
+        ('groups', link_to('/dev/zero'), 'group table {path} cannot be read: not a file'),
+        ('groups', link_to('link'), 'group table {path} cannot be read: not a file'),
+        ('reference', named_pipe, '{path}: no such folder of reference images'),
+        ('reference', link_to('/dev/zero'), '{path}: no such folder of reference images'),
+        ('reference', reference_of_pipes, 'there is neither'),
+        ('reference', reference_that_lists_a_pipe, '{path}/pipe.png: not a file'),
+    ],
+)
+def test_tables_and_references_that_are_no_files(reader, make, message, tmp_path, reader_process):
+    """Reading a named pipe would wait for ever, and a device like that never ends."""
+    path = make(tmp_path)
+    result = reader_process(reader, path)
+    assert result['outcome'] == 'refused' and message.format(path=path) in result['message'], result
+    assert '\n' not in result['message']
 
 
 def test_control_characters_in_a_file_name(tmp_path):

@@ -1,5 +1,6 @@
 """Runs that are stopped by real signals, in real processes."""
 
+import os
 import pathlib
 import signal
 import subprocess
@@ -7,7 +8,8 @@ import sys
 import time
 
 import pytest
-from test_train import TINY, assert_trees_equal, command, make_config, read_scalars, run
+from processes import checkpoint_steps, finish, log_of, run, start_run, wait_for_checkpoint
+from test_train import TINY, assert_trees_equal, read_scalars
 
 from brain_jax import interruption
 
@@ -25,39 +27,24 @@ CHANGES = TINY | {
 }
 
 
-def start(changes, workdir):
-    return subprocess.Popen(command(changes, workdir), cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_checkpoint(process, workdir, after=-1):
-    """Waits until there is a checkpoint of a later step than `after`; returns the step."""
-    deadline = time.monotonic() + 240
-    while True:
-        steps = [int(path.name) for path in workdir.glob('checkpoints/[0-9]*') if path.name.isdigit()]
-        if max(steps, default=-1) > after:
-            return max(steps)
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
-        time.sleep(0.01)
-
-
 def test_stopped_and_resumed_is_never_stopped(data, tmp_path):
+    changes, workdir = CHANGES | data, tmp_path / 'stopped'
     step, steps = -1, []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
-        process = start(CHANGES | data, tmp_path / 'stopped')
-        wait_for_checkpoint(process, tmp_path / 'stopped', step)
+        started = start_run(changes, workdir)
+        wait_for_checkpoint(started, workdir, step)
         time.sleep(0.05)
-        process.send_signal(number)
-        _, log = process.communicate(timeout=60)
-        assert process.returncode == interruption.EXIT_CODE, log
+        os.kill(started[0].pid, number)
+        codes, log = finish(started), log_of(workdir).read_text()
+        assert codes == [interruption.EXIT_CODE], log
         assert 'Traceback' not in log and f'{number.name}: finishing the step' in log
-        step = wait_for_checkpoint(process, tmp_path / 'stopped', step)
+        step = checkpoint_steps(workdir)[-1]
         steps.append(step)
         assert f'stopped: step {step} of ' in log
-    assert any(step % 7 and step % 11 for step in steps), steps
+    assert steps == sorted(set(steps)) and any(step % 7 and step % 11 for step in steps), steps
 
-    config = make_config(data, **CHANGES)
-    summary, variables = run(config, tmp_path / 'stopped')
-    expected_summary, expected = run(config, tmp_path / 'whole')
+    summary, variables = run(changes, workdir, step='best_step')
+    expected_summary, expected = run(changes, tmp_path / 'whole', step='best_step')
     assert_trees_equal(variables, expected)
     for name in ('best_step', 'steps', 'test', 'validation'):
         assert summary[name] == expected_summary[name]
@@ -68,13 +55,14 @@ def test_stopped_and_resumed_is_never_stopped(data, tmp_path):
 
 
 def test_second_interrupt_stops_at_once(data, tmp_path):
-    process = start(CHANGES | data | {'num_epochs': 1000.0, 'checkpoint_every_steps': 1}, tmp_path)
-    wait_for_checkpoint(process, tmp_path)
+    workdir = tmp_path / 'run'
+    started = start_run(CHANGES | data | {'num_epochs': 1000.0, 'checkpoint_every_steps': 1}, workdir)
+    wait_for_checkpoint(started, workdir)
     for _ in range(2):
-        process.send_signal(signal.SIGINT)
+        os.kill(started[0].pid, signal.SIGINT)
         time.sleep(0.001)
-    _, log = process.communicate(timeout=60)
-    assert process.returncode == interruption.EXIT_CODE and 'Traceback' not in log
+    codes, log = finish(started), log_of(workdir).read_text()
+    assert codes == [interruption.EXIT_CODE] and 'Traceback' not in log
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The command line, as a user meets it: real processes."""
+"""The command line: what it says where it cannot go on."""
 
 import os
 import pathlib
@@ -8,37 +8,32 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from processes import CONFIG, call_main, finish, last_line, start
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
 
-def run_main(*flags, folder):
-    """Runs `python -m brain_jax.main` with a home of its own; returns the finished process."""
-    environment = os.environ | {
-        'HOME': str(folder),
-        'TFDS_DATA_DIR': str(folder / 'tfds'),
-        'KAGGLEHUB_CACHE': str(folder),
-    }
-    command = [sys.executable, '-m', 'brain_jax.main', f'--workdir={folder / "run"}', *flags]
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+def check_error(flags, message, folder, devices=1):
+    """Checks that a run ends with one line and leaves no folder."""
+    log, workdir = folder / 'log', folder / 'run'
+    flags = [f'--workdir={workdir}', *flags]
+    assert finish([start(devices, log, call_main, flags)]) == [1]
+    assert message in last_line(log) and 'Traceback' not in log.read_text()
+    assert not workdir.exists()
 
 
 @pytest.mark.parametrize(
     ('flags', 'message'),
     [
-        (['--config=configs/densenet121.py', '--config.learning_rat=1'], 'Did you mean "learning_rate"'),
-        (['--config=configs/densenet121.py:fast'], "unknown mode 'fast': use 'finetune', 'frozen'"),
+        ([f'--config={CONFIG}', '--config.learning_rat=1'], 'Did you mean "learning_rate"'),
+        ([f'--config={CONFIG}:fast'], "unknown mode 'fast': use 'finetune', 'frozen'"),
         (['--config=configs/nowhere.py'], 'configs/nowhere.py'),
-        (['--config=configs/densenet121.py', '--config.data_dir=/nowhere'], '/nowhere: no such folder'),
+        ([f'--config={CONFIG}', '--config.data_dir=/nowhere'], '/nowhere: no such folder'),
+        ([f'--config={CONFIG}', 'more'], 'unexpected arguments: more'),
     ],
 )
 def test_wrong_flags_end_with_one_line(tmp_path, flags, message):
-    process = run_main(*flags, folder=tmp_path)
-    assert process.returncode == 1
-    last = process.stderr.strip().splitlines()[-1]
-    assert last.startswith('error: ') and message in last
-    assert 'Traceback' not in process.stderr
-    assert not (tmp_path / 'run').exists()
+    check_error(flags, message, tmp_path)
 
 
 def write_folder(root):
@@ -49,7 +44,8 @@ def write_folder(root):
             for i in range(12):
                 pixels = np.random.default_rng([i, len(split), len(name)]).integers(0, 256, (32, 32), np.uint8)
                 Image.fromarray(pixels).save(root / split / name / f'{i}.png')
-    return ['--config=configs/densenet121.py:scratch', f'--config.data_dir={root}', '--config.image_size=32']
+    fields = {'data_dir': root, 'prepared_dir': f'{root}_prepared', 'image_size': 32, 'model': '_DenseNetTiny'}
+    return [f'--config={CONFIG}:scratch', *(f'--config.{name}={value}' for name, value in fields.items())]
 
 
 @pytest.mark.parametrize(
@@ -62,20 +58,20 @@ def write_folder(root):
         (lambda root: None, '--config.batch_size=7', 'batch_size is 7, which 2 devices'),
     ],
 )
-def test_bad_input_ends_with_one_line(tmp_path, monkeypatch, spoil, flag, message):
-    monkeypatch.setenv('XLA_FLAGS', '--xla_force_host_platform_device_count=2')
+def test_bad_input_ends_with_one_line(tmp_path, spoil, flag, message):
     root = tmp_path / 'data'
     flags = write_folder(root)
     spoil(root)
-    process = run_main(*flags, *([flag.format(root=root)] if flag else []), folder=tmp_path)
-    assert process.returncode == 1 and 'Traceback' not in process.stderr
-    last = process.stderr.strip().splitlines()[-1]
-    assert last.startswith('error: ') and message in last
-    assert not (tmp_path / 'run').exists()
+    check_error([*flags, *([flag.format(root=root)] if flag else [])], message, tmp_path, devices=2)
 
 
 def test_without_data_it_says_where_it_looked_and_what_to_do(tmp_path):
-    process = run_main('--config=configs/densenet121.py', folder=tmp_path)
+    """As a user meets it, with a home of its own."""
+    folders = {'HOME': str(tmp_path), 'TFDS_DATA_DIR': str(tmp_path / 'tfds'), 'KAGGLEHUB_CACHE': str(tmp_path)}
+    command = [sys.executable, '-m', 'brain_jax.main', f'--workdir={tmp_path / "run"}', f'--config={CONFIG}']
+    process = subprocess.run(
+        command, cwd=REPOSITORY, env=os.environ | folders, capture_output=True, text=True, timeout=300
+    )
     assert process.returncode == 1 and 'Traceback' not in process.stderr
     message = process.stderr[process.stderr.index('error: ') :]
     for part in (

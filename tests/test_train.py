@@ -1,14 +1,10 @@
 """Whole runs of a tiny network on a generated dataset."""
 
-import contextlib
 import json
-import os
 import pathlib
+import re
 import runpy
-import signal
-import subprocess
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +46,18 @@ def run(config, workdir):
 
 def load_variables(config, workdir, step):
     return finished_run.load_variables(workdir, config, train.create_model(config, 4), parallel.make_mesh(), step)
+
+
+def assert_checkpoints_are_finite(config, workdir):
+    """Checks each number of each checkpoint, those of the optimiser and the metrics too; returns the steps."""
+    state, _, _ = train.create_train_state(
+        config, train.create_model(config, 4), parallel.make_mesh(), total_steps=10, steps_per_epoch=5.0
+    )
+    with checkpoints.open_checkpoints(workdir) as manager:
+        for step in manager.all_steps():
+            saved = checkpoints.split_state(checkpoints.restore(manager, state, step)[0])
+            jax.tree.map(lambda leaf: np.testing.assert_array_equal(np.isfinite(leaf), True), saved)
+        return manager.all_steps()
 
 
 def assert_trees_equal(first, second):
@@ -140,51 +148,17 @@ def test_finished_run_is_not_run_again(finished):
 def test_one_seed_gives_one_result_and_another_another(finished, data, tmp_path):
     config, _, _, variables = finished
     assert_trees_equal(run(config, tmp_path / 'same')[1], variables)
-    other = config.copy_and_resolve_references()
-    other.seed = 1
-    kernel = run(other, tmp_path / 'other')[1]['params']['conv1_conv']['kernel']
-    assert not np.array_equal(kernel, variables['params']['conv1_conv']['kernel'])
+    kernels = []
+    for seed in (0, 1):  # its images come in another order, too: see the tests of the pipeline
+        config = make_config(data, seed=seed)
+        kernels.append(train.init_variables(config, train.create_model(config, 4))['params']['conv1_conv']['kernel'])
+    assert not np.array_equal(*kernels)
 
 
 def command(config_changes, workdir, mode='scratch'):
     flags = [f'--config.{name}={value}' for name, value in config_changes.items()]
     config = REPOSITORY / f'configs/densenet121.py:{mode}'
     return [sys.executable, '-m', 'brain_jax.main', f'--config={config}', f'--workdir={workdir}', *flags]
-
-
-def test_killed_run_goes_on_as_if_it_never_stopped(data, tmp_path):
-    changes = TINY | data | {'num_epochs': 20.0}
-    killed = subprocess.Popen(command(changes, tmp_path / 'killed'), cwd=REPOSITORY, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
-    while not list((tmp_path / 'killed').glob('checkpoints/[0-9]*')):
-        assert killed.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
-    assert not (tmp_path / 'killed/summary.json').exists()
-
-    config = make_config(data, num_epochs=20.0)
-    summary, variables = run(config, tmp_path / 'killed')
-    assert summary['steps'] == 60
-    expected_summary, expected = run(config, tmp_path / 'whole')
-    assert_trees_equal(variables, expected)
-    assert summary['test'] == expected_summary['test']
-
-
-def test_eight_devices_do_what_one_does(data, tmp_path):
-    changes = {'optimizer': 'sgd', 'learning_rate': 0.05, 'batch_size': 16, 'eval_batch_size': 16, 'num_epochs': 1.0}
-    environment = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
-    subprocess.run(
-        command(TINY | data | changes, tmp_path / 'eight'), cwd=REPOSITORY, check=True, env=environment,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    config = make_config(data, **changes)
-    summary, variables = run(config, tmp_path / 'one')
-    eight = json.loads((tmp_path / 'eight/summary.json').read_text())
-    assert eight['test']['loss'] == pytest.approx(summary['test']['loss'], rel=1e-3)
-    # Saved by eight devices, restored on one.
-    eight_variables = load_variables(config, tmp_path / 'eight', eight['best_step'])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), eight_variables, variables)
 
 
 def make_batch(rng, count=8):
@@ -289,13 +263,6 @@ def test_step_is_compiled_once():
     assert step._cache_size() == 1
 
 
-def test_bfloat16_computes_short_and_keeps_long():
-    config = make_config({}, dtype='bfloat16')
-    _, _, state, update, _ = one_step(config, make_batch(np.random.default_rng(0)))
-    assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.batch_stats))} == {jnp.dtype('float32')}
-    assert np.isfinite(update['loss'])
-
-
 @pytest.mark.filterwarnings('ignore:overflow encountered')
 def test_run_that_explodes_stops_and_leaves_a_good_checkpoint(data, tmp_path):
     config = make_config(
@@ -305,22 +272,18 @@ def test_run_that_explodes_stops_and_leaves_a_good_checkpoint(data, tmp_path):
     with pytest.raises(FloatingPointError, match=message):
         train.train_and_evaluate(config, tmp_path)
     assert not (tmp_path / 'summary.json').exists()
-    with checkpoints.open_checkpoints(tmp_path) as manager:
-        latest = manager.latest_step()
-    assert latest >= 1
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(load_variables(config, tmp_path, latest)))
+    assert max(assert_checkpoints_are_finite(config, tmp_path)) >= 1
 
 
 @pytest.mark.filterwarnings('ignore:overflow encountered')
 @pytest.mark.parametrize('optimizer', ['sgd', 'adamw', 'lamb'])
 def test_no_checkpoint_has_a_number_that_is_none(data, tmp_path, optimizer):
     config = make_config(data, optimizer=optimizer, learning_rate=1e9, warmup_fraction=0.0, checkpoint_every_steps=1)
-    with contextlib.suppress(FloatingPointError):
+    try:
         train.train_and_evaluate(config, tmp_path)
-    with checkpoints.open_checkpoints(tmp_path) as manager:
-        steps = manager.all_steps()
-    for step in steps:
-        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(load_variables(config, tmp_path, step)))
+    except FloatingPointError as error:
+        assert re.match(r'step \d+: the .* is (nan|inf); the largest value, \S+, is in \w+/\w+/', str(error))
+    assert_checkpoints_are_finite(config, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -331,9 +294,11 @@ def test_batches_at_the_edge_of_numbers(dtype, image):
     batch = make_batch(np.random.default_rng(0), 512 if image == '512 images' else 8)
     fill = {'black': np.zeros_like, 'white': lambda x: np.full_like(x, 255), 'one image': lambda x: x[:1].repeat(8, 0)}
     batch['image'] = fill.get(image, np.copy)(batch['image'])
-    _, _, state, _, health = one_step(make_config({}, dtype=dtype), batch)
-    assert np.isfinite(health).all()
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((state.params, state.batch_stats)))
+    _, _, state, update, health = one_step(make_config({}, dtype=dtype), batch)
+    assert np.isfinite(health).all() and np.isfinite(update['loss'])
+    variables = jax.tree.leaves((state.params, state.batch_stats))
+    assert all(np.all(np.isfinite(leaf)) for leaf in variables)
+    assert {leaf.dtype for leaf in variables} == {jnp.dtype('float32')}  # what is computed short is kept long
 
 
 def test_early_stopping(data, tmp_path):

@@ -215,6 +215,10 @@ def read_folder(data_dir, *, class_names=None):
     for name in classes['test']:
         if name not in found['train']:
             raise InputError(f'{path}: class {name} is in the test folder but not in the training folder')
+    if len(classes['train']) == 1:
+        raise InputError(
+            f'{path}: {classes["train"][0]} is the only class, so there is nothing to tell apart; give two or more'
+        )
     if class_names and classes['train'] != sorted(class_names):
         raise InputError(
             f'{path}: the classes are {", ".join(classes["train"])}, not {", ".join(class_names)}; '

@@ -32,6 +32,8 @@ def read_table(path):
     Raises:
       InputError: for a file that cannot be read, a missing column or path, or a path with two answers.
     """
+    if not os.path.isfile(path):  # a named pipe would be waited for, and a device never ends
+        raise InputError(f'group table {path} cannot be read: not a file')
     table, repeated = {}, []
     try:
         with open(path, newline='', encoding='utf-8-sig') as file:

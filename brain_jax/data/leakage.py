@@ -108,10 +108,14 @@ def thumbnails(pictures, size=64):
     rows = np.empty((len(pictures), size * size), np.float32)
     for row, picture in zip(rows, pictures, strict=True):
         row[:] = images.pad_and_resize(picture, size).ravel()
-    rows -= rows.mean(axis=1, keepdims=True)
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    # The mean of equal numbers is not always that number, so the norm of a constant image is not always zero.
-    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 1e-2)
+    for start in range(0, len(rows), 1000):  # in place, as the rows of 100,000 images take 1.6 GB
+        some = rows[start : start + 1000]
+        some -= some.mean(axis=1, keepdims=True)
+        norms = np.linalg.norm(some, axis=1, keepdims=True)
+        # The mean of equal numbers is not always that number, so the norm of a constant image is not always zero.
+        np.divide(some, norms, out=some, where=norms > 1e-2)
+        some[norms[:, 0] <= 1e-2] = 0
+    return rows
 
 
 def best_matches(queries, references=None, *, progress='Comparing the images'):

@@ -315,8 +315,8 @@ def split_by_group(labels, units, class_names, *, folds, fold, seed):
         num_groups = len(np.unique(units[labels == label]))
         if num_groups < folds:
             raise InputError(
-                f'class {name} has only {num_groups} groups of images, a split into {folds} parts needs as many: '
-                'take fewer folds, a larger validation_fraction, or 0 to train without validation'
+                f'class {name} has only {num_groups} group{"s" * (num_groups != 1)} of images, a split into {folds} '
+                'parts needs as many: take fewer folds, a larger validation_fraction, or 0 to train without validation'
             )
     splitter = model_selection.StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     return next(itertools.islice(splitter.split(labels, labels, units), fold, None))
