@@ -60,7 +60,7 @@ def class_activation(predictor, batch, classes=None, *, weigh=contrast):
 def grad_cam(predictor, batch, classes=None, layer='pool4_relu', *, weigh=contrast):
     """Maps what speaks for a class at the end of a stage, after Selvaraju et al. (2017), "Grad-CAM".
 
-    Channels are weighted by their mean gradient, as if what follows were linear; only what speaks for the class is kept.
+    Channels are weighted by their mean gradient, as if what follows were linear. What speaks against is left out.
 
     Args:
       predictor: a `Predictor`.
@@ -296,7 +296,7 @@ def _squares(size, patch, stride):
 
 
 def _occlude(answer, image, logits, weights, masks):
-    """Returns what covering squares with the image's mean takes from the weighted sum of logits: float32 [size, size]."""
+    """Returns what a weighted sum of logits loses where the image's mean covers it: float32 [size, size]."""
     covered, _ = answer(np.where(masks, np.uint8(np.round(image.mean())), image))
     lost = (logits - covered) @ weights
     return (np.tensordot(lost, masks, axes=1) / masks.sum(axis=0)).astype(np.float32)

@@ -232,6 +232,5 @@ def in_batches(step, mesh, *arrays, sizes=BATCH_SIZES):
         part = [array[start : start + size] for array in arrays]
         missing = size - len(part[0])
         filled = [np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1)) for array in part]
-        outputs = step(*jax.device_put(filled, parallel.split_over_data(mesh)))
-        parts.append(jax.tree.map(lambda x, kept=len(part[0]): np.asarray(x)[:kept], outputs))
-    return jax.tree.map(lambda *pieces: np.concatenate(pieces), *parts)
+        parts.append(jax.tree.map(np.asarray, step(*jax.device_put(filled, parallel.split_over_data(mesh)))))
+    return jax.tree.map(lambda *pieces: np.concatenate(pieces)[:count], *parts)
