@@ -93,5 +93,5 @@ def test_run_of_other_classes(data, tmp_path):
             (folder / split / other).symlink_to(pathlib.Path(data['data_dir'], split, name))
     fields = {'data_dir': str(folder), 'prepared_dir': str(tmp_path / 'prepared')}
     loaded = predictor.Predictor.from_workdir(make_run(fields, tmp_path / 'run'))
-    with pytest.raises(InputError, match='does not know glioma, meningioma, pituitary.*give a run of mode demo'):
+    with pytest.raises(InputError, match=r'does not know glioma, meningioma, pituitary.*give a run of mode demo'):
         pointing_game.play(loaded, 2)
