@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from sklearn import decomposition
+from sklearn import decomposition, preprocessing
 
 from brain_jax.evaluation import out_of_distribution
 
@@ -21,10 +21,11 @@ def test_distances_are_those_of_a_normal_distribution(pooled, monkeypatch, compo
     monkeypatch.setattr(out_of_distribution, 'COMPONENTS', components)
     detector = out_of_distribution.fit(train, validation)
     # scikit-learn's own covariance of probabilistic principal components.
-    model = decomposition.PCA(components).fit(train.astype(np.float64))
-    centred = validation - model.mean_
+    scaler = preprocessing.StandardScaler().fit(train.astype(np.float64))
+    model = decomposition.PCA(components).fit(scaler.transform(train.astype(np.float64)))
+    centred = scaler.transform(validation.astype(np.float64))
     expected = np.sqrt(np.einsum('ni,ij,nj->n', centred, np.linalg.inv(model.get_covariance()), centred))
-    np.testing.assert_allclose(out_of_distribution.distances(detector, validation), expected, rtol=1e-2)
+    np.testing.assert_allclose(out_of_distribution.distances(detector, validation), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize('false_alarms', [0.05, 0.2])
@@ -35,8 +36,9 @@ def test_threshold_is_passed_by_the_wanted_share(pooled, false_alarms):
     assert beyond.mean() == pytest.approx(false_alarms, abs=0.01)
     # What lies off in a direction in which training images hardly differ is farther away than what lies off as far in
     # one in which they do.
-    directions = np.linalg.svd(train - train.mean(axis=0), full_matrices=False)[2]
-    usual, unusual = train.mean(axis=0) + 3 * directions[[0, -1]]
+    standardised = (train - train.mean(axis=0)) / train.std(axis=0)
+    directions = np.linalg.svd(standardised, full_matrices=False)[2]
+    usual, unusual = train.mean(axis=0) + 2 * directions[[0, -1]] * train.std(axis=0)
     near, far = out_of_distribution.distances(detector, np.stack([usual, unusual]))
     assert near < detector.threshold < far
 

@@ -18,13 +18,15 @@ _FILE = 'out_of_distribution.npz'
 
 
 class Detector(NamedTuple):
-    """A normal distribution over what the head sees of training images.
+    """A normal distribution over what the head sees of training images, each channel of it standardised.
 
     Its covariance has some principal components of their own variance, and one variance in all other directions
-    (Tipping and Bishop, 1999): a sample covariance of so many channels could not be inverted.
+    (Tipping and Bishop, 1999): a sample covariance of so many channels could not be inverted. Channels differ in
+    spread by seven orders of magnitude, and without standardising the wide ones would hide the others.
 
     Attributes:
       mean: float64 [channels].
+      deviation: float64 [channels], standard deviations.
       components: float64 [components, channels], orthonormal.
       variance: float64 [components], along them.
       rest: variance in every other direction.
@@ -32,6 +34,7 @@ class Detector(NamedTuple):
     """
 
     mean: np.ndarray
+    deviation: np.ndarray
     components: np.ndarray
     variance: np.ndarray
     rest: float
@@ -50,9 +53,12 @@ def fit(train_pooled, validation_pooled, false_alarms=FALSE_ALARMS):
       A `Detector`.
     """
     count = min(COMPONENTS, len(train_pooled) - 1, train_pooled.shape[1] - 1)
-    found = decomposition.PCA(count, random_state=0).fit(np.asarray(train_pooled, np.float64))
+    train_pooled = np.asarray(train_pooled, np.float64)
+    mean, deviation = train_pooled.mean(axis=0), np.maximum(train_pooled.std(axis=0), 1e-6)
+    found = decomposition.PCA(count, random_state=0).fit((train_pooled - mean) / deviation)
     detector = Detector(
-        mean=found.mean_,
+        mean=mean,
+        deviation=deviation,
         components=found.components_,
         variance=np.maximum(found.explained_variance_, 1e-12),
         rest=max(float(found.noise_variance_), 1e-12),
@@ -63,9 +69,9 @@ def fit(train_pooled, validation_pooled, false_alarms=FALSE_ALARMS):
 
 def distances(detector, pooled):
     """Returns the Mahalanobis distances of what the head sees of images, float64 [n]."""
-    centred = np.asarray(pooled, np.float64) - detector.mean
-    along = centred @ detector.components.T
-    beside = centred - along @ detector.components
+    standardised = (np.asarray(pooled, np.float64) - detector.mean) / detector.deviation
+    along = standardised @ detector.components.T
+    beside = standardised - along @ detector.components
     return np.sqrt(np.sum(along**2 / detector.variance, axis=1) + np.sum(beside**2, axis=1) / detector.rest)
 
 
