@@ -8,6 +8,7 @@ import hashlib
 import json
 import pathlib
 import sys
+import threading
 
 import numpy as np
 import tqdm
@@ -49,18 +50,25 @@ def load_openvino(path, threads=0, precision='f32'):
       As `load_onnxruntime`.
     """
     openvino = import_openvino()
-    properties = {
-        'INFERENCE_PRECISION_HINT': precision,  # else the processor decides
-        'PERFORMANCE_HINT': 'LATENCY',  # one batch at a time, on all cores
-        'INFERENCE_NUM_THREADS': threads,
-    }
-    compiled = openvino.Core().compile_model(str(path), 'CPU', properties)
+    compiled = openvino.Core().compile_model(str(path), 'CPU', openvino_properties(threads, precision))
+
+    lock = threading.Lock()
 
     def compute(images):
-        found = compiled(images)
-        return {name: np.array(found[name]) for name in OUTPUTS}  # a copy: its own memory is written to again
+        with lock:  # all calls share one memory
+            found = compiled(images)
+            return {name: np.array(found[name]) for name in OUTPUTS}
 
     return compute
+
+
+def openvino_properties(threads, precision):
+    """Returns how OpenVINO computes: in which precision, and one batch at a time on so many threads, 0: all cores."""
+    return {
+        'INFERENCE_PRECISION_HINT': precision,  # else the processor decides
+        'PERFORMANCE_HINT': 'LATENCY',
+        'INFERENCE_NUM_THREADS': threads,
+    }
 
 
 def import_openvino():
@@ -88,13 +96,13 @@ def in_batches(compute, images, description=None):
 
     Args:
       compute: function from uint8 [n, image_size, image_size] to a dictionary of arrays [n, ...].
-      images: uint8 [n, image_size, image_size].
+      images: uint8 [n, image_size, image_size], one or more.
       description: of a progress bar; None: there is none.
 
     Returns:
       The dictionary of the joined arrays.
     """
-    starts = range(0, max(len(images), 1), MAX_BATCH)
+    starts = range(0, len(images), MAX_BATCH)
     if description:
         starts = tqdm.tqdm(starts, description, unit=' batches', disable=None)
     parts = [compute(images[start : start + MAX_BATCH]) for start in starts]
@@ -154,8 +162,8 @@ def load_answer(workdir, runtime, checkpoint_sha256):
         raise InputError(f'{error.name} is not installed: pip install -r requirements-serve.txt') from error
 
     def answer(images):
-        outputs = in_batches(compute, images)
-        return outputs['logits'], outputs['features']
+        outputs = in_batches(compute, images if len(images) else np.zeros((1, *images.shape[1:]), np.uint8))
+        return outputs['logits'][: len(images)], outputs['features'][: len(images)]
 
     return answer
 
