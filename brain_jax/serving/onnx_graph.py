@@ -31,7 +31,7 @@ class _Graph:
     def _constant(self, name, values):
         values = np.asarray(values)
         values = values.astype(np.float32) if values.dtype.kind == 'f' else values
-        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(values), name))
+        self.constants.append(numpy_helper.from_array(np.asarray(values, order='C'), name))  # a scalar stays one
         return name
 
     def convolve(self, x, name, norm=None, **attributes):
