@@ -287,7 +287,13 @@ ODD_SCANS = {
 }
 
 
-@pytest.mark.parametrize('make', [pytest.param(make, id=name.replace(' ', '-')) for name, make in ODD_SCANS.items()])
+def odd_scans():
+    for name, make in ODD_SCANS.items():
+        marks = pytest.mark.soak if 'JPEG 2000' in name else ()  # to make it takes half a minute
+        yield pytest.param(make, id=name.replace(' ', '-'), marks=marks)
+
+
+@pytest.mark.parametrize('make', odd_scans())
 def test_odd_scan_is_read(make, tmp_path, reader_process):
     result = reader_process('scan', make(tmp_path))
     print(f'{result["seconds"]:.2f} s, {result["bytes"] / 1e6:.0f} MB')
