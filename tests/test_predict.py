@@ -65,9 +65,10 @@ def test_folder_is_answered_as_it_was_evaluated(run, data, tmp_path):
     with open(workdir / 'evaluation_test/predictions.csv', newline='') as file:
         expected = {row['path']: row for row in csv.DictReader(file)}
     folder = pathlib.Path(data['data_dir'])
-    done = predict(workdir, folder / 'Testing', '--output', tmp_path / 'new/answers.csv')
+    maps = ('--explain', tmp_path / 'maps')
+    done = predict(workdir, folder / 'Testing', '--output', tmp_path / 'new/answers.csv', *maps)
     assert done.returncode == 0 and not done.stdout, done.stderr
-    assert os.listdir(tmp_path / 'new') == ['answers.csv']
+    assert os.listdir(tmp_path / 'new') == ['answers.csv'] and len(os.listdir(tmp_path / 'maps')) == 20
     rows = read_csv((tmp_path / 'new/answers.csv').read_text())
     names = json.loads((workdir / 'run.json').read_text())['class_names']
     probabilities = [f'probability_{name}' for name in names]
@@ -167,6 +168,20 @@ def test_answers_come_while_files_are_still_to_be_read(run, data):
     assert [answer.path for answer in first] == taken[:130]
     assert len(taken) <= 3 * 64 + 1 + 64
     found.close()
+
+
+def test_pictures_of_the_evidence(run, tmp_path):
+    workdir, predictor = run
+    make_volume(tmp_path / 'a volume?.nii')
+    Image.new('L', (8, 8), 90).save(tmp_path / 'b.png')
+    paths = ['nowhere', *(str(tmp_path / name) for name in ('a volume?.nii', 'b.png'))]
+    given = list(answers.answer_files(predictor, paths, slices=2))
+    assert list(answers.explain_answers(predictor, given, tmp_path / 'new/maps')) == given
+    names = ['00002_a_volume_.nii_axial_2.png', '00002_a_volume_.nii_axial_4.png', '00003_b.png.png']
+    assert sorted(os.listdir(tmp_path / 'new/maps')) == names
+    for name in names:
+        with Image.open(tmp_path / 'new/maps' / name) as image:
+            assert image.width > image.height > 100 and len(image.convert('RGB').getcolors(2**20)) > 20
 
 
 def test_no_cell_is_a_formula(run, tmp_path, monkeypatch):
