@@ -171,7 +171,7 @@ def test_answers_come_while_files_are_still_to_be_read(run, data):
 
 
 def test_pictures_of_the_evidence(run, tmp_path):
-    workdir, predictor = run
+    _, predictor = run
     make_volume(tmp_path / 'a volume?.nii')
     Image.new('L', (8, 8), 90).save(tmp_path / 'b.png')
     paths = ['nowhere', *(str(tmp_path / name) for name in ('a volume?.nii', 'b.png'))]
