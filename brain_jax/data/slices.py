@@ -85,8 +85,12 @@ def scaled(values, black, white):
       uint8 [height, width].
     """
     with np.errstate(all='ignore'):
-        share = (values - black) / (white - black)
-    return np.rint(np.clip(np.nan_to_num(share), 0, 1) * 255).astype(np.uint8)
+        share = np.subtract(values, black, dtype=np.float64)
+        share /= white - black
+    np.nan_to_num(share, copy=False)  # in place, as slices may be large
+    np.clip(share, 0, 1, out=share)
+    share *= 255
+    return np.rint(share, out=share).astype(np.uint8)
 
 
 def find_range(values):
