@@ -153,7 +153,7 @@ def load_pretrained(source, variables):
     return flax.traverse_util.unflatten_dict(old | new, sep='/'), weights.sha256
 
 
-def write_weights(path, variables, *, source, source_sha256):
+def write_weights(path, variables, *, source, source_sha256, metadata=None):
     """Writes variables as a safetensors file, whole or not at all.
 
     Args:
@@ -161,6 +161,7 @@ def write_weights(path, variables, *, source, source_sha256):
       variables: {'params': ..., 'batch_stats': ...} of a `models.DenseNet`; written as float32.
       source: where the weights come from; kept in the header beside the layout's version.
       source_sha256: SHA-256 of that source, hexadecimal.
+      metadata: dictionary of str that the header holds as well.
 
     Returns:
       The number of arrays and the number of values written.
@@ -176,7 +177,7 @@ def write_weights(path, variables, *, source, source_sha256):
         name: np.ascontiguousarray(leaf, np.float32)
         for name, leaf in flax.traverse_util.flatten_dict(variables, sep='/').items()
     }
-    metadata = {'layout': LAYOUT, 'source': str(source), 'source_sha256': source_sha256}
+    metadata = {**(metadata or {}), 'layout': LAYOUT, 'source': str(source), 'source_sha256': source_sha256}
     try:
         with files.replacing(path) as temporary:
             safetensors.numpy.save_file(arrays, temporary, metadata)

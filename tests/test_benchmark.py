@@ -129,6 +129,15 @@ def test_one_of_ours(settings, task, contender):
     assert next(replies, None) is None
 
 
+@pytest.mark.parametrize('contender', sorted(contenders.STEPS['export'].keys() - {'brain_jax'}))
+def test_exports_are_timed(settings, contender):
+    if not all(map(importlib.util.find_spec, contenders.PACKAGES[contender])):
+        pytest.skip(f'one of {contenders.PACKAGES[contender]} is not installed')
+    replies = worker.run('export', contender, ml_collections.ConfigDict(settings), ['{"seconds": 0}'])
+    assert next(replies)['first_step_seconds'] > 0
+    assert next(replies)['images_per_second'] > 0
+
+
 def test_search_finds_copies(settings, tmp_path):
     pytest.importorskip('faiss')
     phantom.make_phantom(tmp_path, train_per_class=4, test_per_class=2, image_size=32)

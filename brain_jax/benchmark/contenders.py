@@ -6,6 +6,7 @@ load no others. Weights are random and images are noise: neither changes the tim
 
 import functools
 import os
+import pathlib
 import tempfile
 
 import numpy as np
@@ -23,6 +24,12 @@ PACKAGES = {  # to import, beside those of brain_jax itself
     'onnxruntime': ('torch', 'torchvision', 'onnx', 'onnxruntime'),
     'openvino': ('torch', 'torchvision', 'onnx', 'openvino'),
     'openvino_bfloat16': ('torch', 'torchvision', 'onnx', 'openvino'),
+    'export_keras': ('keras', 'tensorflow'),
+    'export_saved_model': ('keras', 'tensorflow'),
+    'export_stablehlo': (),
+    'export_onnxruntime': ('onnx', 'onnxruntime'),
+    'export_openvino': ('onnx', 'openvino'),
+    'export_openvino_bfloat16': ('onnx', 'openvino'),
 }
 
 
@@ -203,18 +210,32 @@ def infer_onnxruntime(settings):
 
 def infer_openvino(settings, precision='f32'):
     """Makes a prediction step of OpenVINO, one batch at a time on all cores."""
-    import openvino
+    from brain_jax.serving import runtimes
 
-    properties = {
-        'INFERENCE_PRECISION_HINT': precision,  # else the processor decides
-        'PERFORMANCE_HINT': 'LATENCY',
-        'INFERENCE_NUM_THREADS': settings.cores,
-    }
+    properties = runtimes.openvino_properties(settings.cores, precision)
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, 'densenet.onnx')
         images = export_onnx(settings, path)
-        compiled = openvino.Core().compile_model(path, 'CPU', properties)
+        compiled = runtimes.import_openvino().Core().compile_model(path, 'CPU', properties)
     return lambda: compiled(images)
+
+
+def infer_export(settings, form, runtime):
+    """Makes the step that answers with an export of a run, from grey bytes to probabilities."""
+    from brain_jax import train
+    from brain_jax.serving import export
+
+    config = settings.config
+    model = train.create_model(config, NUM_CLASSES)
+    names = tuple(f'class {i}' for i in range(NUM_CLASSES))
+    network = export.Network(model, train.init_variables(config, model), config, names, 1.0, {})
+    shape = (config.batch_size, config.image_size, config.image_size)
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, f'model{export.SUFFIXES[form]}')
+        export.WRITERS[form](path, network, export.describe(network, form))
+        compute = export.list_loaders(form, network)[runtime](path)
+    return lambda: compute(images)
 
 
 STEPS = {
@@ -238,5 +259,14 @@ STEPS = {
         'torch': train_torch,
         'torch_channels_last': functools.partial(train_torch, channels_last=True),
         'torch_bfloat16': functools.partial(train_torch, channels_last=True, bfloat16=True),
+    },
+    'export': {
+        'brain_jax': infer_brain_jax,
+        'export_keras': functools.partial(infer_export, form='keras', runtime='keras'),
+        'export_saved_model': functools.partial(infer_export, form='saved_model', runtime='tensorflow'),
+        'export_stablehlo': functools.partial(infer_export, form='stablehlo', runtime='jax'),
+        'export_onnxruntime': functools.partial(infer_export, form='onnx', runtime='onnxruntime'),
+        'export_openvino': functools.partial(infer_export, form='onnx', runtime='openvino'),
+        'export_openvino_bfloat16': functools.partial(infer_export, form='onnx', runtime='openvino_bfloat16'),
     },
 }

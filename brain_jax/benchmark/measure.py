@@ -21,7 +21,7 @@ from absl import logging
 from brain_jax import InputError, models
 from brain_jax.benchmark import contenders
 
-TASKS = ('inference', 'train', 'compile', 'memory', 'pipeline', 'search')
+TASKS = ('inference', 'export', 'train', 'compile', 'memory', 'pipeline', 'search')
 REMAT = ('dense_layers', 'full')  # what config.remat may be, beside 'none'
 _VERSIONS = (
     'jax', 'jaxlib', 'flax', 'numpy', 'keras', 'tensorflow', 'tensorflow-cpu', 'torch', 'torchvision', 'onnx',
@@ -203,7 +203,7 @@ class Benchmark:
         }
 
     def measure_speed(self, task):
-        """Measures 'inference' or 'train': images a second of all contenders."""
+        """Measures 'inference', 'export' or 'train': images a second of all contenders."""
         with contextlib.ExitStack() as stack:
             workers = {name: self._start(stack, task, name) for name in self._choose(task)}
             if task == 'train':

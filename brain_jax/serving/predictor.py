@@ -20,6 +20,7 @@ from scipy import special
 from brain_jax import InputError, checkpoints, finished_run, models, parallel, run_folder, train
 from brain_jax.data import images
 from brain_jax.evaluation import out_of_distribution
+from brain_jax.serving import runtimes
 
 BATCH_SIZES = (1, 8, 64)  # for which the network is compiled; what comes between is filled up
 WANTED_ERROR = 0.05  # share of wrong answers among those given
@@ -77,18 +78,19 @@ class Predictor(NamedTuple):
     answer: Callable
 
     @classmethod
-    def from_workdir(cls, workdir, *, wanted_error=WANTED_ERROR):
+    def from_workdir(cls, workdir, *, runtime='jax', wanted_error=WANTED_ERROR):
         """Loads a finished and evaluated run.
 
         Args:
           workdir: the run's folder.
+          runtime: what computes the answers, 'jax', or one of `runtimes.LOADERS` for the run's ONNX export.
           wanted_error: share of wrong answers among those given; one of those that `scripts/evaluate.py` looked for.
 
         Returns:
           A `Predictor`.
 
         Raises:
-          InputError: where the folder holds no finished and evaluated run.
+          InputError: where the folder holds no finished and evaluated run, or no export that is proven to be it.
         """
         workdir = pathlib.Path(workdir)
         run, summary = run_folder.read_finished_run(workdir)
@@ -101,6 +103,10 @@ class Predictor(NamedTuple):
             raise InputError(
                 f'{workdir / "calibration.json"} is of another checkpoint: run scripts/evaluate.py --workdir {workdir}'
             )
+        if runtime == 'jax':
+            answer = make_answer(model, config, variables, mesh)
+        else:
+            answer = runtimes.load_answer(workdir, runtime, checkpoint_sha256)
         return cls(
             workdir=workdir,
             run=run,
@@ -113,7 +119,7 @@ class Predictor(NamedTuple):
             temperature=calibration['temperature'] or 1.0,
             threshold=choose_threshold(calibration, wanted_error),
             detector=out_of_distribution.load(workdir, checkpoint_sha256),
-            answer=make_answer(model, config, variables, mesh),
+            answer=answer,
         )
 
     @property
@@ -195,6 +201,27 @@ def choose_threshold(calibration, wanted_error):
     return thresholds[wanted_error]
 
 
+def compute_answer(model, config, variables, batch):
+    """Computes what a run answers.
+
+    Args:
+      model: a `DenseNet`.
+      config: the run's configuration.
+      variables: its `params` and `batch_stats`.
+      batch: uint8 [n, image_size, image_size].
+
+    Returns:
+      Logits float32 [n, classes], where `train.averages_flips` means of those of an image and its mirror image, and
+      what the head sees of the images, float32 [n, channels].
+    """
+    views = [batch, batch[:, :, ::-1]] if train.averages_flips(config) else [batch]
+    stacked = jnp.stack(views, axis=1)  # an image beside its mirror image: both are on one device
+    inputs = models.normalize(stacked.reshape(-1, *batch.shape[1:]))
+    logits, outputs = model.apply(variables, inputs, return_features=True)
+    logits, pooled = (x.reshape(-1, len(views), x.shape[-1]) for x in (logits, outputs['pooled']))
+    return logits.mean(axis=1), pooled[:, 0]
+
+
 def make_answer(model, config, variables, mesh):
     """Returns the function that answers to preprocessed images, see `Predictor`.
 
@@ -202,12 +229,7 @@ def make_answer(model, config, variables, mesh):
     """
 
     def answer_step(variables, batch):
-        views = [batch, batch[:, :, ::-1]] if train.averages_flips(config) else [batch]
-        views = jnp.stack(views, axis=1)  # an image beside its mirror image: both are on one device
-        stacked = models.normalize(views.reshape(-1, *batch.shape[1:]))
-        logits, outputs = model.apply(variables, stacked, return_features=True)
-        logits, pooled = (x.reshape(*views.shape[:2], -1) for x in (logits, outputs['pooled']))
-        return logits.mean(axis=1), pooled[:, 0]
+        return compute_answer(model, config, variables, batch)
 
     answer_step = jax.jit(answer_step, out_shardings=parallel.replicated(mesh))
     return lambda batch: in_batches(functools.partial(answer_step, variables), mesh, batch)
