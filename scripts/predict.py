@@ -23,13 +23,16 @@ from absl import app, flags, logging
 
 from brain_jax import InputError, files
 from brain_jax.data import scans
-from brain_jax.serving import answers, predictor
+from brain_jax.serving import answers, predictor, runtimes
 
 _FORMATS = ('csv', 'jsonl', 'table')
 _WORKDIR = flags.DEFINE_string('workdir', None, "The run's folder.", required=True)
 _OUTPUT = flags.DEFINE_string('output', None, 'File to write, whole or not at all. Default: standard output.')
 _FORMAT = flags.DEFINE_enum(
     'format', None, _FORMATS, "Default: the output's extension; a table on a terminal, and else csv."
+)
+_RUNTIME = flags.DEFINE_enum(
+    'runtime', 'jax', ('jax', *runtimes.LOADERS), "What computes: JAX, or another runtime with the run's ONNX export."
 )
 _PLANE = flags.DEFINE_enum('plane', 'axial', scans.PLANES, 'How NIfTI volumes are cut.')
 _SLICES = flags.DEFINE_string(
@@ -71,7 +74,7 @@ def open_output():
 
 def answer(paths):
     """Answers to files; returns how many could not be read."""
-    run = predictor.Predictor.from_workdir(_WORKDIR.value, wanted_error=_WANTED_ERROR.value)
+    run = predictor.Predictor.from_workdir(_WORKDIR.value, runtime=_RUNTIME.value, wanted_error=_WANTED_ERROR.value)
     slices = _SLICES.value if _SLICES.value in ('all', 'middle') else int(_SLICES.value)
     given = answers.answer_files(run, paths, plane=_PLANE.value, slices=slices)
     if _EXPLAIN.value:
