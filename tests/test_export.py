@@ -163,14 +163,16 @@ def test_densenet121_is_that_of_keras(tmp_path, form):
     """The usual head, and no mirror images."""
     skip_without('onnx')
     model, network = keras_network(96)
+    network = network._replace(temperature=0.2)  # random weights make little difference between images
     batch = np.random.default_rng(1).integers(0, 256, (3, 96, 96), np.uint8)
+    batch = batch // np.array([1, 3, 60], np.uint8)[:, None, None]
     path = tmp_path / f'model{export.SUFFIXES[form]}'
     export.WRITERS[form](path, network, export.describe(network, form))
     probabilities = RUN[form](path, batch)['probabilities']
     colour = np.repeat(batch[..., None], 3, axis=3).astype(np.float32)
     logits = model.predict(keras.applications.densenet.preprocess_input(colour), verbose=0)
     np.testing.assert_allclose(probabilities, special.softmax(logits / network.temperature, axis=1), atol=1e-5)
-    assert np.ptp(probabilities, axis=0).min() > 0.01  # not all the same
+    assert np.ptp(probabilities, axis=0).max() > 0.01  # not all the same
 
 
 @pytest.mark.parametrize('name', ['DenseNet121', 'DenseNet169', 'DenseNet201'])
@@ -250,7 +252,7 @@ def test_what_is_not_proven_is_not_served(served, tmp_path):
         ({'checkpoint_sha256': '0'}, r'model\.onnx is of another checkpoint: run scripts/export\.py --workdir'),
         ({'sha256': '0'}, r'is not the file that was proven: run scripts/export\.py'),
         ({'runtimes': {}}, r'openvino is not proven to answer as the run .* \(was never compared\)'),
-        ({'runtimes': {'openvino': refused}}, 'openvino is not proven .* 20 images: largest difference'),
+        ({'runtimes': {'openvino': refused}}, r'openvino is not proven .* \(20 images: largest difference'),
     ):
         runtimes.record_path(path).write_text(json.dumps(record | changes))
         with pytest.raises(InputError, match=message):

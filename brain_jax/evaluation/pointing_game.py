@@ -163,8 +163,10 @@ def check_sanity(predictor, batch, classes, logits, heat):
 
 
 def _rank_correlation(heat, other, rows=slice(None)):
-    pairs = zip(heat[rows], other[rows], strict=True)
-    return float(np.mean([stats.spearmanr(a.ravel(), b.ravel()).statistic for a, b in pairs]))
+    """Returns the mean Spearman correlation of pairs of maps; None where in each pair one is constant."""
+    pairs = [(a, b) for a, b in zip(heat[rows], other[rows], strict=True) if np.ptp(a) and np.ptp(b)]
+    correlations = [stats.spearmanr(a.ravel(), b.ravel()).statistic for a, b in pairs]
+    return float(np.mean(correlations)) if pairs else None
 
 
 def _in_parts(method, name, predictor, batch, classes, size=16):

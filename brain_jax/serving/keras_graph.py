@@ -69,7 +69,7 @@ def make_densenet(model, size):
             ends.append(_normalize(x, f'pool{stage}'))
             x = layers.Conv2D(x.shape[-1] // 2, 1, use_bias=False, name=f'pool{stage}_conv')(ends[-1])
             x = layers.AveragePooling2D(2, strides=2, name=f'pool{stage}_pool')(x)
-    x = layers.BatchNormalization(epsilon=BATCH_NORM_EPSILON, name='bn')(x)
+    x = layers.BatchNormalization(axis=3, epsilon=BATCH_NORM_EPSILON, name='bn')(x)
     x = layers.Activation('relu', name='relu')(x)
     if model.head == 'last':
         pooled = layers.GlobalAveragePooling2D(name='avg_pool')(x)
@@ -80,7 +80,7 @@ def make_densenet(model, size):
 
 
 def _normalize(x, name):
-    x = layers.BatchNormalization(epsilon=BATCH_NORM_EPSILON, name=f'{name}_bn')(x)
+    x = layers.BatchNormalization(axis=3, epsilon=BATCH_NORM_EPSILON, name=f'{name}_bn')(x)
     return layers.Activation('relu', name=f'{name}_relu')(x)
 
 
@@ -88,7 +88,7 @@ def _dense_layer(x, growth_rate, name):
     y = layers.Conv2D(4 * growth_rate, 1, use_bias=False, name=f'{name}_1_conv')(_normalize(x, f'{name}_0'))
     y = _normalize(y, f'{name}_1')
     y = layers.Conv2D(growth_rate, 3, padding='same', use_bias=False, name=f'{name}_2_conv')(y)
-    return layers.Concatenate(name=f'{name}_concat')([x, y])
+    return layers.Concatenate(axis=3, name=f'{name}_concat')([x, y])
 
 
 def _pool_widely(ends):
