@@ -88,8 +88,12 @@ def play(predictor, count, *, seed=0):
 
 
 def highest_points(heat):
-    """Returns the row and column of the largest value of each map [n, height, width]: int [n, 2]."""
-    return np.stack(np.unravel_index(heat.reshape(len(heat), -1).argmax(axis=1), heat.shape[1:]), axis=1)
+    """Returns the row and column of the largest value of each map [n, height, width]: int [n, 2].
+
+    Where several pixels have it, as at the edges of a coarse map, it is the one in their middle.
+    """
+    tops = [np.argwhere(values == values.max()) for values in heat]
+    return np.array([np.rint(top.mean(axis=0)) for top in tops], int).reshape(-1, 2)
 
 
 def blind_points(batch, names, other_masks, other_names):
