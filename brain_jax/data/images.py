@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from brain_jax import InputError
 
 _FORMATS = ('JPEG', 'PNG', 'BMP', 'TIFF', 'WEBP')
-_MAX_BYTES = 2**26  # a file's size
+MAX_BYTES = 2**26  # a file's size
 _MAX_PIXELS = 2**25  # width times height, checked before a pixel is decoded
 _MAX_SIDE = 2**14  # pixels; bounds the square that pad_and_resize makes of a long, thin image
 _MAX_READS = 2**17  # of a file's parts; Pillow walks through segments, chunks and tags one by one
@@ -41,11 +41,12 @@ _UPRIGHT = {  # from the EXIF orientation
 }
 
 
-def read_file(path):
+def read_file(path, max_bytes=MAX_BYTES):
     """Returns the bytes of a file that may be an image.
 
     Args:
       path: the file.
+      max_bytes: how large it may be.
 
     Returns:
       bytes.
@@ -57,8 +58,8 @@ def read_file(path):
     try:
         if not path.is_file():
             raise InputError(f'{path}: not a file')
-        if path.stat().st_size > _MAX_BYTES:
-            raise InputError(f'{path}: larger than {_MAX_BYTES >> 20} MiB')
+        if path.stat().st_size > max_bytes:
+            raise InputError(f'{path}: larger than {max_bytes >> 20} MiB')
         return path.read_bytes()
     except OSError as error:
         raise InputError(f'{path}: {os.strerror(error.errno)}') from error
@@ -171,6 +172,20 @@ def pad_and_resize(image, size):
     top, left = (side - height) // 2, (side - width) // 2
     square = np.pad(image, ((top, side - height - top), (left, side - width - left)))
     return np.asarray(Image.fromarray(square).resize((size, size), Image.Resampling.BILINEAR))
+
+
+def resize(image, height, width):
+    """Resizes an image with antialiasing.
+
+    Args:
+      image: uint8 [height, width] array.
+      height: of the result in pixels.
+      width: the same.
+
+    Returns:
+      uint8 [height, width] array.
+    """
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 
 class _CountedFile(io.BytesIO):

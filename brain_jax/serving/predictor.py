@@ -145,9 +145,10 @@ class Predictor(NamedTuple):
             distances = [None] * len(probabilities)
         else:
             distances = out_of_distribution.distances(self.detector, pooled) / self.detector.threshold
-        return [self._judge(*row) for row in zip(probabilities, distances, strict=True)]
+        return [self.decide(*row) for row in zip(probabilities, distances, strict=True)]
 
-    def _judge(self, probabilities, distance):
+    def decide(self, probabilities, distance):
+        """Makes a `Prediction` of calibrated probabilities, float64 [classes], and of a distance or None."""
         best, reason = int(probabilities.argmax()), ''
         if distance is not None and distance > 1:
             reason = 'out_of_distribution'
