@@ -12,7 +12,7 @@ from brain_jax import InputError, __version__
 from brain_jax.data import scans
 from brain_jax.serving import gate, service
 
-NOTICE = 'For research only. Not a medical device: it must not be used to diagnose, to treat, or to sort patients.'
+NOTICE = 'This is not a medical device. It must not be used to diagnose, to treat, or to sort patients.'
 _SLICES = r'^(all|middle|[1-9][0-9]{0,3})$'
 _BEARER = security.HTTPBearer(auto_error=False, description='Where the server was started with a token.')
 
@@ -108,7 +108,7 @@ def add_predict(app, served):
         form_limits={'max_files': service.MAX_FILES, 'max_fields': 8, 'max_part_size': 2**10},
     )
     async def predict(
-        files: Annotated[list[fastapi.UploadFile], fastapi.File(description='JPEG, PNG, BMP, TIFF, WebP, DICOM, NIfTI')],
+        files: Annotated[list[fastapi.UploadFile], fastapi.File(description='Pictures, DICOM or NIfTI.')],
         plane: Annotated[Literal[scans.PLANES], fastapi.Form(description='Of a NIfTI volume.')] = 'axial',
         slices: Annotated[
             str, fastapi.Form(pattern=_SLICES, description="'all', 'middle', or how many, of a volume or its frames.")

@@ -1,4 +1,4 @@
-"""The page: a file is dropped on it, and it tells what the network says to that, where from, and how far to trust it."""
+"""The page: a file is dropped on it; it tells what the network says to that, and how far to trust it."""
 
 import asyncio
 import base64
@@ -6,6 +6,7 @@ import html
 import json
 import os
 import pathlib
+import tempfile
 
 # Read by Gradio on import: it would ask for its latest version, and tell of every start.
 os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'
@@ -19,6 +20,10 @@ from brain_jax import InputError
 from brain_jax.data import images, scans
 from brain_jax.evaluation import wording
 from brain_jax.serving import api, explain, gate, service, uploads
+
+# Gradio's folder for files is one that all users share. This one should stay empty, and is removed in the end.
+FOLDER = tempfile.TemporaryDirectory(prefix='brain_jax_page_')
+os.environ['GRADIO_TEMP_DIR'] = FOLDER.name
 
 MAX_SLICES = 64  # of a scan, evenly spread over what holds the head
 _SHOWN = 512  # pixels, the longer side of the picture that is shown of the file
@@ -80,17 +85,16 @@ def create_blocks(served, held):
                 )
                 plane = gr.Radio(list(scans.PLANES), value='axial', label='Plane', visible=False, elem_id='plane')
                 slice_ = gr.Slider(1, 2, 1, step=1, label='Slice', visible=False, elem_id='slice')
-                about = gr.HTML(_scores(served), elem_id='scores')
+                gr.HTML(_scores(served), elem_id='scores')
             with gr.Column(scale=5, min_width=320, elem_id='answer'):
                 answer = gr.HTML(_nothing_yet(), elem_id='words')
                 pictures = gr.HTML(elem_id='pictures')
                 opacity = gr.Slider(
-                    0, 100, 50, step=5, label='Opacity of the explanation, in per cent', visible=False, elem_id='opacity'
+                    0, 100, 50, step=5, label='Opacity of the explanation (%)', visible=False, elem_id='opacity'
                 )
         with gr.Accordion('Model card of this run', open=False, elem_id='card'):
             gr.Markdown(_card(served), sanitize_html=True)
         _connect(blocks, served, held, (chosen, plane, slice_, answer, pictures, opacity))
-        del about
     # Where more wait than can be answered, Gradio tells so; events of one page wait for one another.
     return blocks.queue(max_size=gate.MAX_UPLOADS, default_concurrency_limit=service.MAX_FILES, api_open=False)
 
@@ -120,9 +124,8 @@ def _connect(blocks, served, held, components):
     chosen.submit(show_file, [chosen], **options)
     plane.input(show_plane, [chosen, plane], **options)
     slice_.input(show_slice, [chosen, plane, slice_], trigger_mode='always_last', **options)
-    opacity.change(
-        None, [opacity], js="value => document.body.style.setProperty('--opacity', value / 100)", api_visibility='private'
-    )
+    set_opacity = "value => document.body.style.setProperty('--opacity', value / 100)"
+    opacity.change(None, [opacity], js=set_opacity, api_visibility='private')
     blocks.unload(forget)
 
 
@@ -172,10 +175,7 @@ async def show(served, held, name, plane, number):
 
 def _header(predictor):
     model = html.escape(f'{predictor.config.model}, {predictor.image_size} px, run {predictor.workdir.name}')
-    return (
-        f'<h1>brain_jax</h1><p class="run">{model}</p>'
-        f'<p class="notice" role="note"><strong>Not a medical device.</strong> {api.NOTICE.replace("Not a medical device: it", "It")}</p>'
-    )
+    return f'<h1>brain_jax</h1><p class="run">{model}</p><p class="notice" role="note">{api.NOTICE}</p>'
 
 
 def _nothing_yet():
@@ -196,8 +196,8 @@ def _words(predictor, prediction, label):
     if prediction.reason == 'out_of_distribution':
         kind, verdict = 'warning', (
             f'<strong>Warning: this is not like the images that the network learned from</strong> '
-            f'({prediction.out_of_distribution:.1f} times as far from them as an image may be), so it abstains. What it '
-            f'would say, {best} with {percent}, means nothing here.'
+            f'({prediction.out_of_distribution:.1f} times as far from them as an image may be), so it abstains. '
+            f'What it would say, {best} with {percent}, means nothing here.'
         )  # fmt: skip
     elif prediction.abstain:
         threshold = predictor.threshold
