@@ -39,9 +39,10 @@ def add_page(app, served):
       served: a `service.Service`.
 
     Returns:
-      The Gradio application, and the `uploads.Uploads` that it holds.
+      The Gradio application.
     """
     held = uploads.Uploads()
+    served.monitor.held_files.set_function(lambda: len(held))
     add_upload(app, held)
     # Without one of ours Gradio has its own, which lets pages of any site read the answers where a server has a name.
     app.add_middleware(CORSMiddleware, allow_origins=[])
@@ -49,7 +50,7 @@ def add_page(app, served):
         app, create_blocks(served, held), '/', css=(_FILES / 'page.css').read_text(), theme=_theme(), footer_links=[],
         run_history=False, show_error=False, ssr_mode=False, mcp_server=False, enable_monitoring=False, pwa=False,
     )  # fmt: skip
-    return app.routes[-1].app, held
+    return app.routes[-1].app
 
 
 def add_upload(app, held):
@@ -159,13 +160,14 @@ async def show(served, held, name, plane, number):
         (found,) = await served.answer([picture], explain=True)
     except (InputError, service.Busy) as error:
         return _problem(error), '', hidden, hidden, hidden
-    if count == 1:
-        held.drop(name)  # there is nothing to go back to
+    is_volume = label.startswith(scans.PLANES)
+    if count == 1 and not is_volume:
+        held.drop(name)  # there is nothing to come back for
     return (
         _words(served.predictor, found.prediction, label),
         _pictures(served.predictor, picture, found),
         gr.update(visible=True),
-        gr.update(visible=label.startswith(scans.PLANES), value=plane),
+        gr.update(visible=is_volume, value=plane),
         gr.update(visible=count > 1, value=number, maximum=max(count, 2), label=f'Slice: {label}'),
     )
 

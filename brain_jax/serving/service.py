@@ -129,6 +129,7 @@ class Monitor:
             buckets=(0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60), registry=registry,
         )  # fmt: skip
         self.queue_length = prometheus.Gauge('brain_jax_queue_length', 'Images that wait.', registry=registry)
+        self.held_files = prometheus.Gauge('brain_jax_held_files', 'Files that open pages hold.', registry=registry)
         self.batch_size = prometheus.Histogram(
             'brain_jax_batch_size', 'Images that were computed together.', buckets=(1, 2, 4, 8, 16, 32, 64),
             registry=registry,

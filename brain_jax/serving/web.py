@@ -37,8 +37,7 @@ def create_app(served, *, token=None, hosts=('*',)):
         served.stop()
 
     app = api.create_app(served, lifespan)
-    page_app, app.state.uploads = page.add_page(app, served)
-    app.state.end_streams = page_app.stop_event.set
+    app.state.end_streams = page.add_page(app, served).stop_event.set
     app.add_middleware(gate.Gate, monitor=served.monitor, token=token)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
     return app
