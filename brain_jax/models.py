@@ -155,6 +155,16 @@ def pool_widely(feature_maps):
     return jnp.concatenate(means, axis=-1)
 
 
+def pool_stages(head, stage_ends):
+    """Returns what a head sees, linear in the maps: channel means, float32 [batch, channels].
+
+    Args:
+      head: 'last' or 'wide', see `DenseNet`.
+      stage_ends: list of the maps at the ends of the stages, the last one last: float [batch, height, width, channels].
+    """
+    return mean_map(stage_ends[-1]) if head == 'last' else pool_widely(stage_ends[-3:])
+
+
 def head_channels(stage_channels):
     """Returns how many channels each kind of head sees, {name: count}, by the channels of the last three stages."""
     return {'last': stage_channels[-1], 'wide': 2 * sum(stage_channels)}
@@ -229,23 +239,26 @@ class DenseNet(nn.Module):
 
         Returns:
           logits: float32 [batch, num_classes]; with `return_features` a tuple of them and the dictionary
-            `feature_map`: [batch, (height + 3) // 32, (width + 3) // 32, channels] and
-            `pooled`: float32 [batch, channels].
+            `stage_ends`: of every stage the map at its end, normalised and not yet averaged, with a cell for 4, 8, 16
+            and 32 pixels: Keras' layers pool2_relu, pool3_relu, pool4_relu and relu;
+            `feature_map`: the last of them, [batch, (height + 3) // 32, (width + 3) // 32, channels]; and
+            `pooled`: float32 [batch, channels], see `pool_stages`.
         """
         stem, transition = DenseNet._stem, DenseNet._transition
         if self.remat == 'full':
             stem, transition = nn.remat(stem, static_argnums=2), nn.remat(transition, static_argnums=(2, 3))
         x = stem(self, images, train)
-        ends = []  # of the stages
+        ends = []
         for i, block in enumerate(self.blocks):
             x = self._dense_block(x, block)
             if i < len(self.transitions):
                 x, end = transition(self, x, i, train)
                 ends.append(end)
-        features = self.bn(x)
-        pooled = mean_map(features) if self.head == 'last' else pool_widely([*ends[-2:], features])
+        ends.append(self.bn(x))
+        pooled = pool_stages(self.head, ends)
         logits = self.predictions(pooled)
-        return (logits, {'feature_map': features, 'pooled': pooled}) if return_features else logits
+        outputs = {'stage_ends': ends, 'feature_map': ends[-1], 'pooled': pooled}
+        return (logits, outputs) if return_features else logits
 
     def _feature_map(self, x, train):
         return FeatureMap(x, batch_moments(x) if train and self.batch_norm == 'train' else None)

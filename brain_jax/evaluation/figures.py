@@ -176,6 +176,64 @@ def draw_errors(errors, title, provenance):
     return _draw(paint, (6.0, 0.8 + 2.55 * rows), provenance, nrows=rows, ncols=3, squeeze=False)
 
 
+def draw_overlay(image, colours, title, shades, limits, label):
+    """Draws an image, the same under a coloured map, and the colour bar.
+
+    Args:
+      image: uint8 [size, size].
+      colours: uint8 [size, size, 4] of the map, with its opacity.
+      title: of the figure.
+      shades: the map's colours with their opacity, a matplotlib colour map.
+      limits: (low, high), the values at its ends.
+      label: what the numbers of the bar are.
+    """
+
+    def paint(panels):
+        plain, covered, bar = panels
+        for axes in (plain, covered):
+            axes.imshow(image, cmap='gray', vmin=0, vmax=255)
+            axes.axis('off')
+        covered.imshow(colours)
+        bar.set_facecolor('gray')  # the bar shows the colours as they lie on a grey of middle brightness
+        values = np.linspace(0, 1, 256)[:, None]
+        bar.imshow(shades(values), origin='lower', extent=(0, 1, *limits), aspect='auto')
+        bar.set(xticks=[], ylabel=label, box_aspect=14)
+        bar.yaxis.tick_right()
+        bar.yaxis.set_label_position('right')
+        bar.spines[:].set_visible(False)
+        bar.figure.suptitle('\n'.join(textwrap.wrap(title, 60)), fontsize=10)
+
+    return _draw(paint, (6.0, 3.2), 'Not a medical device.', ncols=3, width_ratios=(1, 1, 1 / 14))
+
+
+def draw_explanations(rows, title, provenance):
+    """Draws images with the outline of what is to be found, and beside each its maps with their highest points.
+
+    Args:
+      rows: list of dictionaries with image (uint8 [size, size]), mask (bool [size, size]), text, and maps: {name:
+        (uint8 [size, size, 4], (row, column))}, the same names in every one.
+      title: of the figure.
+      provenance: for its foot.
+    """
+
+    def paint(panels):
+        for (first, *others), row in zip(panels, rows, strict=True):
+            for axes in (first, *others):
+                axes.imshow(row['image'], cmap='gray', vmin=0, vmax=255)
+                axes.contour(row['mask'], (0.5,), colors='#56B4E9', linewidths=0.8)
+                axes.axis('off')
+            first.set_title(row['text'], fontsize=8)
+            for axes, (name, (colours, point)) in zip(others, row['maps'].items(), strict=True):
+                axes.imshow(colours)
+                axes.plot(point[1], point[0], '+', color='white', markersize=7)
+                axes.set_title('\n'.join(textwrap.wrap(name, 22)), fontsize=8)
+        panels.flat[0].figure.suptitle(title, fontsize=10)
+
+    columns = 1 + len(rows[0]['maps'])
+    size = (1.7 * columns, 0.6 + 2.05 * len(rows))
+    return _draw(paint, size, provenance, nrows=len(rows), ncols=columns, squeeze=False)
+
+
 def to_png(pixels, provenance=''):
     """Returns pixels, uint8 [height, width] or [height, width, 3], as a PNG file's bytes with a note of provenance."""
     notes = PngImagePlugin.PngInfo()

@@ -4,6 +4,7 @@ All that it needs stands in the run's folder: weights, class names and preproces
 thresholds and what training images look like from `scripts/evaluate.py`.
 """
 
+import functools
 import json
 import pathlib
 from collections.abc import Callable
@@ -209,16 +210,28 @@ def make_answer(model, config, variables, mesh):
         return logits.mean(axis=1), pooled[:, 0]
 
     answer_step = jax.jit(answer_step, out_shardings=parallel.replicated(mesh))
-    sizes = [-(-size // mesh.size) * mesh.size for size in BATCH_SIZES]
+    return lambda batch: in_batches(functools.partial(answer_step, variables), mesh, batch)
 
-    def answer(batch):
-        size = next((size for size in sizes if size >= len(batch)), sizes[-1])
-        parts = []
-        for start in range(0, max(len(batch), 1), size):
-            part = batch[start : start + size]
-            filled = np.pad(part, ((0, size - len(part)), (0, 0), (0, 0)))
-            filled = jax.device_put(filled, parallel.split_over_data(mesh))
-            parts.append([np.asarray(x)[: len(part)] for x in answer_step(variables, filled)])
-        return tuple(np.concatenate(x) for x in zip(*parts, strict=True))
 
-    return answer
+def in_batches(step, mesh, *arrays, sizes=BATCH_SIZES):
+    """Applies a compiled function to many images.
+
+    Args:
+      step: function from arrays [size, ...] to one array [size, ...] or a tuple of them.
+      mesh: the devices over which each batch is split.
+      *arrays: of NumPy, [n, ...].
+      sizes: of the batches, in increasing order: it is called for these only, with zeros for what is missing.
+
+    Returns:
+      What `step` returns, [n, ...] of NumPy.
+    """
+    sizes = [-(-size // mesh.size) * mesh.size for size in sizes]
+    count = len(arrays[0])
+    size = next((size for size in sizes if size >= count), sizes[-1])
+    parts = []
+    for start in range(0, max(count, 1), size):
+        part = [array[start : start + size] for array in arrays]
+        missing = size - len(part[0])
+        filled = [np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1)) for array in part]
+        parts.append(jax.tree.map(np.asarray, step(*jax.device_put(filled, parallel.split_over_data(mesh)))))
+    return jax.tree.map(lambda *pieces: np.concatenate(pieces)[:count], *parts)
