@@ -27,6 +27,7 @@ os.environ['GRADIO_TEMP_DIR'] = FOLDER.name
 
 MAX_SLICES = 64  # of a scan, evenly spread over what holds the head
 _SHOWN = 512  # pixels, the longer side of the picture that is shown of the file
+_OPACITY = 70  # per cent
 _FILES = pathlib.Path(__file__).parent / 'static'
 _KINDS = 'JPEG, PNG, BMP, TIFF, WebP, DICOM or NIfTI'
 
@@ -65,7 +66,12 @@ def add_upload(app, held):
 
 def _theme():
     system = ['system-ui', 'sans-serif'], ['ui-monospace', 'monospace']  # plain names: nothing is loaded
-    return gr.themes.Base(primary_hue='teal', neutral_hue='slate', font=system[0], font_mono=system[1])
+    base = gr.themes.Base(primary_hue='teal', neutral_hue='slate', font=system[0], font_mono=system[1])
+    # Gradio's own greys are too pale to be read by everyone.
+    return base.set(
+        body_text_color_subdued='*neutral_600', body_text_color_subdued_dark='*neutral_300',
+        block_label_text_color='*neutral_700', block_info_text_color='*neutral_600',
+    )  # fmt: skip
 
 
 def create_blocks(served, held):
@@ -91,7 +97,7 @@ def create_blocks(served, held):
                 answer = gr.HTML(_nothing_yet(), elem_id='words')
                 pictures = gr.HTML(elem_id='pictures')
                 opacity = gr.Slider(
-                    0, 100, 50, step=5, label='Opacity of the explanation (%)', visible=False, elem_id='opacity'
+                    0, 100, _OPACITY, step=5, label='Opacity of the explanation (%)', visible=False, elem_id='opacity'
                 )
         with gr.Accordion('Model card of this run', open=False, elem_id='card'):
             gr.Markdown(_card(served), sanitize_html=True)
@@ -241,8 +247,17 @@ def _pictures(predictor, picture, found):
         f'<figure><div class="stack"><img src="{_address(seen)}" alt="What the network sees: the image in grey, padded '
         f'to a square"><img class="heat" src="{_address(explain.colour(found.heat))}" alt="Where in it the answer '
         f'comes from"></div><figcaption>What the network sees, {seen.shape[0]} by {seen.shape[0]} pixels, and over it '
-        f'what speaks for {best}</figcaption></figure></div>'
+        f'what speaks for {best}</figcaption>{_scale(found.heat)}</figure></div>'
     )
+
+
+def _scale(heat):
+    """Returns the colours that explain an answer, and what their ends mean."""
+    shades, (low, _) = explain.scale_of(heat)
+    colours = (255 * shades(np.linspace(0, 1, 17))[:, :3]).round().astype(int)
+    gradient = ', '.join(f'rgb({red} {green} {blue})' for red, green, blue in colours.tolist())
+    bar = f'<span class="scale-colours" style="background: linear-gradient(90deg, {gradient})"></span>'
+    return f'<div class="scale"><span>{"against it" if low < 0 else "nothing"}</span>{bar}<span>for it</span></div>'
 
 
 def _address(pixels):

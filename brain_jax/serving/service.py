@@ -145,7 +145,7 @@ class Monitor:
         """
         self._requests.labels(endpoint, str(status)).inc()
         self._seconds.labels(endpoint).observe(seconds)
-        if status >= 400:
+        if status >= 400 and endpoint != '/healthz':  # which says so while all is well
             self._errors.labels(ERROR_KINDS.get(status, 'other')).inc()
 
     def render(self):
