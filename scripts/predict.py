@@ -59,8 +59,11 @@ def open_output():
         with open(sys.stdout.fileno(), 'w', closefd=False, **options) as file:
             yield file
         return
-    with files.replacing(_OUTPUT.value) as temporary, open(temporary, 'w', **options) as file:
-        yield file
+    try:
+        with files.replacing(_OUTPUT.value) as temporary, open(temporary, 'w', **options) as file:
+            yield file
+    except OSError as error:
+        raise InputError(f'{_OUTPUT.value} cannot be written: {error.strerror}') from error
 
 
 def answer(paths):
@@ -87,10 +90,9 @@ def main(argv):
     except BrokenPipeError:  # whoever read the answers has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:
-        sys.exit(f'error: {_OUTPUT.value or "standard output"} cannot be written: {error.strerror}')
     sys.exit(1 if unread else 0)
 
 
 if __name__ == '__main__':
+    flags.FLAGS.set_gnu_getopt()  # flags may stand behind the paths
     app.run(main)

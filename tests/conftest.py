@@ -1,10 +1,13 @@
 """Fixtures for several test modules, and a cache that spares compiling the same network for every test."""
 
+import json
 import os
 import pathlib
 import re
+import select
 import shutil
 import subprocess
+import sys
 import tempfile
 
 import pytest
@@ -32,6 +35,31 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp('data')
     phantom.make_phantom(folder / 'phantom', train_per_class=16, test_per_class=5, image_size=32)
     return {'data_dir': str(folder / 'phantom'), 'prepared_dir': str(folder / 'prepared')}
+
+
+@pytest.fixture(scope='module')
+def reader_process(tmp_path_factory):
+    """Returns a function (reader, path) -> what came of it, see `reader_process.serve`."""
+    root = pathlib.Path(__file__).parents[1]
+    folder = tmp_path_factory.mktemp('elsewhere')
+    environment = os.environ | {'HOME': str(folder), 'TMPDIR': str(folder), 'PYTHONPATH': str(root)}
+    command = [sys.executable, root / 'tests' / 'reader_process.py']
+    pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'text': True}
+    results = []
+    with subprocess.Popen(command, cwd=folder, env=environment, **pipes) as process:
+
+        def read(reader, path):
+            print(json.dumps([reader, str(path)]), file=process.stdin, flush=True)
+            assert select.select([process.stdout], [], [], 90)[0], 'no answer'
+            results.append(json.loads(process.stdout.readline()))
+            assert not any(folder.iterdir())
+            return results[-1]
+
+        yield read
+        process.stdin.close()
+    ended = [result for result in results if 'seconds' in result]
+    seconds, size = (max(result[field] for result in ended) for field in ('seconds', 'bytes'))
+    print(f'\nof {len(ended)} files the slowest took {seconds:.2f} s, and the largest {size / 1e6:.0f} MB')
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import time
 import seeds
 
 from brain_jax import InputError, pretrained
-from brain_jax.data import images, reference
+from brain_jax.data import images, reference, scans
 
 SECONDS = 30  # for one file, by the clock; it should take less than 5, but a busy machine is not to fail
 ADDRESSES = 8 << 30  # bytes that a child may map more than it has, to spare the machine
@@ -28,8 +28,15 @@ def read_image(path):
     images.pad_and_resize(images.read_image(path), 224)
 
 
+def read_scan(path):
+    """Reads a scan as it costs most: all slices at once."""
+    for _, image in scans.read_slices(path, slices='all'):
+        images.pad_and_resize(image, 224)
+
+
 READERS = {
     'image': read_image,
+    'scan': read_scan,
     'weights': lambda path: pretrained.load_pretrained(path, seeds.VARIABLES),
     'figshare': lambda path: images.pad_and_resize(reference.read_figshare(path)[0], 64),
 }

@@ -7,9 +7,7 @@ import json
 import os
 import pathlib
 import pickle
-import select
 import struct
-import subprocess
 import sys
 import zipfile
 import zlib
@@ -31,30 +29,6 @@ ROOT = pathlib.Path(__file__).parents[1]
 GIGABYTE = 2**30
 NOT_PLAIN = 'not a plain array of floating-point numbers'
 SCALE = 'params/bn/scale'  # the array that most files below spoil
-
-
-@pytest.fixture(scope='module')
-def reader_process(tmp_path_factory):
-    """Returns a function (reader, path) -> what came of it, see `reader_process.serve`."""
-    folder = tmp_path_factory.mktemp('elsewhere')
-    environment = os.environ | {'HOME': str(folder), 'TMPDIR': str(folder), 'PYTHONPATH': str(ROOT)}
-    command = [sys.executable, ROOT / 'tests' / 'reader_process.py']
-    pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'text': True}
-    results = []
-    with subprocess.Popen(command, cwd=folder, env=environment, **pipes) as process:
-
-        def read(reader, path):
-            print(json.dumps([reader, str(path)]), file=process.stdin, flush=True)
-            assert select.select([process.stdout], [], [], 90)[0], 'no answer'
-            results.append(json.loads(process.stdout.readline()))
-            assert not any(folder.iterdir())
-            return results[-1]
-
-        yield read
-        process.stdin.close()
-    ended = [result for result in results if 'seconds' in result]
-    seconds, size = (max(result[field] for result in ended) for field in ('seconds', 'bytes'))
-    print(f'\nof {len(ended)} files the slowest took {seconds:.2f} s, and the largest {size / 1e6:.0f} MB')
 
 
 def tree(folder):

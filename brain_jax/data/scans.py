@@ -499,7 +499,7 @@ def _look_up(values, item, dataset):
     if isinstance(table, bytes):
         table = np.frombuffer(table, '<u2' if dataset.file_meta.TransferSyntaxUID.is_little_endian else '>u2')
     table = np.ravel(table)
-    index = np.clip(np.floor(values) - first, 0, len(table) - 1).astype(np.int64)
+    index = np.clip(np.floor(values.astype(np.float64)) - first, 0, len(table) - 1).astype(np.int64)
     return table[index], 2.0**bits - 1
 
 
