@@ -49,7 +49,7 @@ def workdir(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp('runs') / 'run <b>'  # a name that must be escaped where it is shown
     config = get_config('scratch')
     config.update(
-        model='_DenseNetTiny', image_size=64, batch_size=16, eval_batch_size=24, num_epochs=6.0, learning_rate=3e-3,
+        model='_DenseNetTiny', image_size=32, batch_size=16, eval_batch_size=24, num_epochs=3.0, learning_rate=3e-3,
         validation_fraction=0.25, **data,
     )  # fmt: skip
     train.train_and_evaluate(config.lock(), folder)
@@ -71,8 +71,8 @@ def heads(data):
 @pytest.fixture(scope='module')
 def server(workdir, tmp_path_factory):
     """The address of a server; in the end it must stop as it should, and leave no file behind."""
-    folder = tmp_path_factory.mktemp('server')
-    environment = os.environ | {'PYTHONPATH': str(ROOT), 'TMPDIR': str(folder), 'HOME': str(folder)}
+    folder, home = tmp_path_factory.mktemp('temporary'), tmp_path_factory.mktemp('home')
+    environment = os.environ | {'PYTHONPATH': str(ROOT), 'TMPDIR': str(folder), 'HOME': str(home)}
     command = [sys.executable, ROOT / 'scripts/serve.py', '--workdir', workdir, '--port', '0', '--wanted_error', '0.5']
     pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
     with subprocess.Popen(command, cwd=folder, env=environment, **pipes) as process:
@@ -87,7 +87,7 @@ def server(workdir, tmp_path_factory):
             _, log = process.communicate(timeout=30)
     assert process.returncode == 0, log
     assert 'Traceback' not in log
-    assert not any(folder.glob('brain_jax_page_*'))
+    assert list(folder.iterdir()) == []
 
 
 def wait_until(is_so, seconds=60):
@@ -110,9 +110,9 @@ def read_metrics(server):
     return found
 
 
-def make_volume():
-    """Returns a NIfTI file of 12 by 16 by 10 voxels, brighter in the middle."""
-    grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, n) for n in (12, 16, 10)], indexing='ij'))
+def make_volume(shape=(12, 16, 10)):
+    """Returns a NIfTI file, brighter in the middle."""
+    grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing='ij'))
     return nibabel.Nifti1Image((1000 * np.clip(1 - (grid**2).sum(0), 0, 1)).astype(np.int16), np.eye(4)).to_bytes()
 
 
@@ -210,10 +210,10 @@ def test_files_that_are_refused(server, content, reason):
         (422, 'POST', '/api/predict', {'files': as_files(b'x'), 'data': {'slices': '-1'}}),
         (400, 'POST', '/api/predict', {'files': as_files(*[b'x'] * (service.MAX_FILES + 1))}),
         (400, 'POST', '/api/predict', {'content': b'x', 'headers': {'content-type': 'multipart/form-data'}}),
-        (413, 'POST', '/api/predict', {'files': as_files(make_volume()), 'data': {'slices': '5000'}}),
+        (413, 'POST', '/api/predict', {'files': as_files(make_volume((8, 8, 99))), 'data': {'slices': 'all'}}),
         (415, 'POST', '/api/predict', {'json': {'files': []}}),
         (403, 'POST', '/api/predict', {'files': as_files(b'x'), 'headers': {'sec-fetch-site': 'cross-site'}}),
-        (405, 'GET', '/api/predict', {}),
+        (404, 'GET', '/api/predict', {}),
         (404, 'GET', '/docs', {}),
         (404, 'POST', '/gradio_api/upload', {'files': as_files(b'x')}),
         (404, 'GET', '/gradio_api/file=/etc/passwd', {}),
@@ -223,12 +223,8 @@ def test_files_that_are_refused(server, content, reason):
     ],
 )
 def test_requests_that_are_refused(server, status, method, path, arguments):
-    if status == 413:  # more slices than may be asked for, of a volume that has them
-        tall = nibabel.Nifti1Image(np.full((8, 8, service.MAX_IMAGES + 9), 100, np.int16), np.eye(4)).to_bytes()
-        arguments = arguments | {'files': as_files(tall)}
     response = httpx.request(method, server + path, **arguments)
     assert response.status_code == status
-    assert '/' not in response.json()['detail'].replace('multipart/form-data', '') if status not in (400, 405) else True
 
 
 def test_inputs_of_the_page_are_plain_values(server):
@@ -424,10 +420,9 @@ def test_a_full_queue_takes_all_or_nothing(loaded):
 def test_too_much_to_do_is_503(workdir, heads, monkeypatch):
     served = service.Service(workdir, wanted_error=0.5)
     served.batcher.max_waiting = 1
-    app = web.create_app(served)
-    transport = httpx.ASGITransport(app)
 
     async def post(count):
+        transport = httpx.ASGITransport(web.create_app(served))  # Gradio makes an event loop where none runs
         async with httpx.AsyncClient(transport=transport, base_url='http://localhost') as client:
             files = as_files(*[heads[0].read_bytes()] * count)
             return await client.post('/api/predict', files=files), await client.get('/healthz')
@@ -485,7 +480,7 @@ def page(browser, server):
     opened.on('pageerror', lambda error: problems.append(str(error)))
     opened.on('request', lambda request: addresses.append(request.url))
     opened.goto(server)
-    opened.wait_for_selector('.drop input', state='attached')
+    opened.wait_for_selector('.drop[data-ready]')
     yield opened
     context.close()
     assert problems == []
@@ -521,10 +516,10 @@ def test_a_picture_is_answered_and_explained(page, loaded, heads):
     assert page.evaluate('[...document.images].every(image => image.naturalWidth)')
     assert page.locator('.pictures img').count() == 3
     opacity = lambda: float(page.evaluate('getComputedStyle(document.querySelector(".heat")).opacity'))  # noqa: E731
-    assert opacity() == 0.5
+    assert opacity() == 0.7
     page.locator('#opacity input[type=number]').fill('20')
     wait_until(lambda: opacity() == 0.2, seconds=5)
-    assert 'run <b>' in page.inner_text('#header') and 'Not a medical device' in page.inner_text('#header')
+    assert 'run <b>' in page.inner_text('#header') and 'not a medical device' in page.inner_text('#header')
     assert 'Accuracy' in page.inner_text('#scores') and '%' in page.inner_text('#scores')
     for width in (400, 700, 1000, 1600):
         check_width(page, width)
@@ -565,10 +560,10 @@ def test_the_keyboard_is_enough(page, heads):
         page.keyboard.press('Tab')
         if page.evaluate('document.activeElement.matches("#opacity input[type=range]")'):
             break
-    for _ in range(10):
+    for _ in range(3):
         page.keyboard.press('ArrowRight')
     opacity = 'getComputedStyle(document.querySelector(".heat")).opacity'
-    wait_until(lambda: float(page.evaluate(opacity)) > 0.5, seconds=5)
+    wait_until(lambda: float(page.evaluate(opacity)) > 0.7, seconds=5)
 
 
 def test_nothing_serious_keeps_people_out(page, heads):

@@ -1,15 +1,19 @@
 """The page: a file is dropped on it; it tells what the network says to that, and how far to trust it."""
 
 import asyncio
+import atexit
 import base64
 import html
 import json
 import os
 import pathlib
+import shutil
 import tempfile
 
-# Read by Gradio on import: it would ask for its latest version, and tell of every start.
+# Read by Gradio on import: it would ask for its latest version and tell of every start, and keep files in a folder of
+# all users. The one it gets should stay empty, and is removed when the process ends.
 os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'
+os.environ['GRADIO_TEMP_DIR'] = tempfile.mkdtemp(prefix='brain_jax_page_')
 
 import fastapi
 import gradio as gr
@@ -21,9 +25,7 @@ from brain_jax.data import images, scans
 from brain_jax.evaluation import wording
 from brain_jax.serving import api, explain, gate, service, uploads
 
-# Gradio's folder for files is one that all users share. This one should stay empty, and is removed in the end.
-FOLDER = tempfile.TemporaryDirectory(prefix='brain_jax_page_')
-os.environ['GRADIO_TEMP_DIR'] = FOLDER.name
+atexit.register(shutil.rmtree, os.environ['GRADIO_TEMP_DIR'], ignore_errors=True)
 
 MAX_SLICES = 64  # of a scan, evenly spread over what holds the head
 _SHOWN = 512  # pixels, the longer side of the picture that is shown of the file

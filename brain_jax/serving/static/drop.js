@@ -34,3 +34,4 @@ for (const [kind, over] of [['dragover', true], ['dragleave', false], ['drop', f
     if (kind === 'drop') send(event.dataTransfer.files[0]);
   });
 }
+area.dataset.ready = '';
