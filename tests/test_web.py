@@ -261,14 +261,12 @@ def test_too_much_is_refused_while_it_comes(server):
     assert service.MAX_BYTES <= sent + 2**20 <= service.MAX_BYTES + 2**26  # what the system holds in between
 
 
-def test_port_in_use_and_wrong_folder_are_one_line(server, workdir, tmp_path):
-    environment = os.environ | {'PYTHONPATH': str(ROOT)}
-    command = [sys.executable, ROOT / 'scripts/serve.py', '--workdir', tmp_path, '--port', server.rpartition(':')[2]]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    assert process.returncode == 1
-    assert re.fullmatch(
-        r'error: cannot listen on port \d+ of 127\.0\.0\.1: .*; give another --port.*\n', process.stderr
-    )
+def test_port_in_use_and_wrong_folder_are_told(server, tmp_path):
+    port = int(server.rpartition(':')[2])
+    with pytest.raises(web.InputError, match=rf'cannot listen on port {port} of 127\.0\.0\.1: .*; give another --port'):
+        web.serve(tmp_path, port=port, wanted_error=0.5)
+    with pytest.raises(web.InputError, match=r'cannot listen on port 70000'):
+        web.serve(tmp_path, port=70000, wanted_error=0.5)
     with pytest.raises(web.InputError, match=r'there is no run\.json in it'):
         web.serve(tmp_path, port=0, wanted_error=0.5)
 
@@ -382,7 +380,7 @@ def test_what_waits_is_answered_together(loaded, heads):
     futures = [future for picture in pictures for future in batcher.submit([picture])]
     futures[3].cancel()
     batcher._seconds = {1: 1.0, 8: 1.1, 64: 100.0}  # a batch of 64 would not pay
-    batcher.start()
+    batcher.start(warm_up=False)
     batcher.stop()
     assert calls == [7, 3]  # of the first 8 one was cancelled
     expected = loaded.predict(pictures)
@@ -398,7 +396,7 @@ def test_a_defect_reaches_those_who_wait_and_no_others(loaded, heads):
         raise ZeroDivisionError
 
     batcher = batching.Batcher(loaded, failing)
-    batcher.start()
+    batcher.start(warm_up=False)
     picture = images.read_image(heads[0])
     with pytest.raises(ZeroDivisionError):
         batcher.submit([picture], explain=True)[0].result(timeout=60)
@@ -406,6 +404,22 @@ def test_a_defect_reaches_those_who_wait_and_no_others(loaded, heads):
     batcher.stop()
     with pytest.raises(batching.Full):
         batcher.submit([picture])
+
+
+def test_it_can_be_stopped_while_it_compiles(loaded):
+    begun = threading.Event()
+
+    def slow(batch):
+        begun.set()
+        time.sleep(0.1)
+        return loaded.answer(batch)
+
+    batcher = batching.Batcher(loaded._replace(answer=slow), None)  # which would fail where explanations are compiled
+    batcher.start()
+    begun.wait(10)
+    (future,) = batcher.submit([np.zeros((8, 8), np.uint8)])
+    batcher.stop()
+    assert future.result(timeout=0).prediction.predicted in loaded.class_names
 
 
 def test_a_full_queue_takes_all_or_nothing(loaded):
@@ -434,7 +448,7 @@ def test_too_much_to_do_is_503(workdir, heads, monkeypatch):
     monkeypatch.setattr(service, 'ANSWER_SECONDS', 0.1)  # nothing answers: the thread was not started
     response, _ = asyncio.run(post(1))
     assert response.status_code == 503 and 'no answer within' in response.json()['detail']
-    served.batcher.start()
+    served.batcher.start(warm_up=False)
     served.stop()
 
 

@@ -78,7 +78,7 @@ def create_app(served, lifespan=None):
     @app.get(gate.HEALTH, responses={503: {'model': Health, 'description': 'Still compiling.'}})
     def health(response: fastapi.Response) -> Health:
         """Tells whether the server is ready to answer."""
-        ready = served.ready.is_set()
+        ready = served.batcher.ready.is_set()
         response.status_code = 200 if ready else 503
         return Health(
             status='ready' if ready else 'compiling',

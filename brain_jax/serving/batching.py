@@ -54,7 +54,8 @@ class Batcher:
         self.max_waiting = max_waiting
         self._explain = explain
         self._observe = observe
-        self._seconds = dict.fromkeys(predictors.BATCH_SIZES, 1.0)  # that a batch takes, until `warm_up` measures it
+        self.ready = threading.Event()  # set once all is compiled
+        self._seconds = dict.fromkeys(predictors.BATCH_SIZES, 1.0)  # that a batch takes, until it is measured
         self._waiting = collections.deque()
         self._condition = threading.Condition()
         self._stopped = False
@@ -64,19 +65,9 @@ class Batcher:
         """Returns how many images wait."""
         return len(self._waiting)
 
-    def warm_up(self):
-        """Compiles all that will be needed, and measures how long a batch of each size takes."""
-        size = self.predictor.image_size
-        for count in self._seconds:
-            batch = np.zeros((count, size, size), np.uint8)
-            self.predictor.answer(batch)
-            start = time.perf_counter()
-            self.predictor.answer(batch)
-            self._seconds[count] = time.perf_counter() - start
-        self._explain(self.predictor, np.zeros((1, size, size), np.uint8))
-
-    def start(self):
-        """Starts the thread."""
+    def start(self, *, warm_up=True):
+        """Starts the thread, which first compiles all that will be needed, unless told not to; see `ready`."""
+        self._warm = warm_up
         self._thread.start()
 
     def submit(self, pictures, *, explain=False):
@@ -109,11 +100,27 @@ class Batcher:
             self._condition.notify()
         self._thread.join()
 
+    def _warm_up(self):
+        """Compiles for batches of each size, and measures how long they take; ends early where it should stop."""
+        size = self.predictor.image_size
+        for count in self._seconds:
+            batch = np.zeros((count, size, size), np.uint8)
+            self.predictor.answer(batch)
+            start = time.perf_counter()
+            self.predictor.answer(batch)
+            self._seconds[count] = time.perf_counter() - start
+            if self._stopped:
+                return
+        self._explain(self.predictor, np.zeros((1, size, size), np.uint8))
+
     def _check_room(self, number):
         if self._stopped or len(self._waiting) + number > self.max_waiting:
             raise Full
 
     def _run(self):
+        if self._warm:
+            self._warm_up()
+        self.ready.set()
         while True:
             with self._condition:
                 self._condition.wait_for(lambda: self._waiting or self._stopped)

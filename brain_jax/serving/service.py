@@ -3,7 +3,6 @@
 import asyncio
 import concurrent.futures
 import pathlib
-import threading
 
 import prometheus_client as prometheus
 
@@ -30,7 +29,6 @@ class Service:
       hashes: SHA-256 of its checkpoint, configuration, split and weights, by name.
       batcher: a `batching.Batcher`.
       monitor: a `Monitor`.
-      ready: `threading.Event`, set once all is compiled.
     """
 
     def __init__(self, workdir, *, wanted_error=predictor.WANTED_ERROR):
@@ -44,20 +42,10 @@ class Service:
             observe=self.monitor.batch_size.observe,
         )
         self.monitor.queue_length.set_function(lambda: len(self.batcher))
-        self.ready = threading.Event()
         self._decoders = concurrent.futures.ThreadPoolExecutor(DECODERS, thread_name_prefix='decode')
 
-    def start(self):
-        """Starts to answer, and compiles what that needs in a thread of its own; `ready` tells when that is done."""
-        self.batcher.start()
-        threading.Thread(target=self._warm_up, name='warm up', daemon=True).start()
-
-    def _warm_up(self):
-        self.batcher.warm_up()
-        self.ready.set()
-
     def stop(self):
-        """Finishes what waits."""
+        """Finishes what waits; where all is still being compiled, what is being compiled now."""
         self._decoders.shutdown(cancel_futures=True)
         self.batcher.stop()
 

@@ -32,7 +32,7 @@ def create_app(served, *, token=None, hosts=('*',)):
 
     @contextlib.asynccontextmanager
     async def lifespan(app):
-        served.start()
+        served.batcher.start()
         yield
         served.stop()
 
