@@ -46,6 +46,8 @@ def main(argv):
         )
     except InputError as error:
         sys.exit(f'error: {error}')
+    except KeyboardInterrupt:
+        sys.exit('error: stopped by Ctrl-C before it was ready')
 
 
 if __name__ == '__main__':

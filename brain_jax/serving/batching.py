@@ -15,6 +15,7 @@ import numpy as np
 from brain_jax.serving import predictor as predictors
 
 MAX_WAITING = 256  # images; at the pace of a CPU a quarter of a minute
+MAX_BATCH_SECONDS = 2
 
 
 class Full(Exception):
@@ -55,7 +56,7 @@ class Batcher:
         self._explain = explain
         self._observe = observe
         self.ready = threading.Event()  # set once all is compiled
-        self._seconds = dict.fromkeys(predictors.BATCH_SIZES, 1.0)  # that a batch takes, until it is measured
+        self._seconds = dict.fromkeys(predictors.BATCH_SIZES, 1.0)  # that a batch takes, by size, until it is measured
         self._waiting = collections.deque()
         self._condition = threading.Condition()
         self._stopped = False
@@ -101,17 +102,21 @@ class Batcher:
         self._thread.join()
 
     def _warm_up(self):
-        """Compiles for batches of each size, and measures how long they take; ends early where it should stop."""
-        size = self.predictor.image_size
-        for count in self._seconds:
+        """Compiles for batches of each size and measures these; ends early where it should stop.
+
+        While a batch is computed all others wait, so the largest size is left out where it would take many seconds.
+        """
+        size, measured = self.predictor.image_size, {}
+        for count in predictors.BATCH_SIZES:
+            expected = min((count / smaller * seconds for smaller, seconds in measured.items()), default=0)
+            if self._stopped or (len(measured) > 1 and expected > MAX_BATCH_SECONDS):
+                break
             batch = np.zeros((count, size, size), np.uint8)
             self.predictor.answer(batch)
-            start = time.perf_counter()
-            self.predictor.answer(batch)
-            self._seconds[count] = time.perf_counter() - start
-            if self._stopped:
-                return
-        self._explain(self.predictor, np.zeros((1, size, size), np.uint8))
+            measured[count] = _seconds(self.predictor.answer, batch)[0]
+        self._seconds = measured or self._seconds
+        if not self._stopped:
+            self._explain(self.predictor, np.zeros((1, size, size), np.uint8))
 
     def _check_room(self, number):
         if self._stopped or len(self._waiting) + number > self.max_waiting:
@@ -136,12 +141,19 @@ class Batcher:
         pace = {size: min(size, waiting) / seconds for size, seconds in self._seconds.items()}
         return min(max(pace, key=pace.get), waiting)
 
+    def _adapt(self, count, seconds):
+        """Takes how long a batch took into account: the machine may have more or less else to do than at the start."""
+        size = next((size for size in self._seconds if size >= count), max(self._seconds))
+        self._seconds[size] += 0.1 * (seconds - self._seconds[size])
+
     def _answer(self, taken):
         """Answers to some images; a defect reaches those who wait for these, and not the thread."""
         self._observe(len(taken))
         try:
             batch = np.stack([item.image for item in taken])
-            predictions = self.predictor.judge(*self.predictor.answer(batch))
+            seconds, found = _seconds(self.predictor.answer, batch)
+            self._adapt(len(taken), seconds)
+            predictions = self.predictor.judge(*found)
             heats = [self._explain(self.predictor, item.image[None])[0] if item.explain else None for item in taken]
         except Exception as error:
             for item in taken:
@@ -149,3 +161,10 @@ class Batcher:
         else:
             for item, prediction, heat in zip(taken, predictions, heats, strict=True):
                 item.future.set_result(Answer(prediction, heat))
+
+
+def _seconds(function, argument):
+    """Returns how long a function takes, and what it returns."""
+    start = time.perf_counter()
+    found = function(argument)
+    return time.perf_counter() - start, found

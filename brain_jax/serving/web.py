@@ -4,6 +4,7 @@ import contextlib
 import ipaddress
 import signal
 import socket
+import sys
 
 import h11
 import uvicorn
@@ -74,9 +75,9 @@ def serve(workdir, *, host='127.0.0.1', port=8000, token=None, wanted_error):
         )  # fmt: skip
         address = f'[{host}]' if ':' in host else host
         print(f'Serving {workdir} on http://{address}:{listener.getsockname()[1]} (Ctrl-C ends it)', flush=True)
-        # uvicorn handles both signals while it runs, and raises them again at the end: these handlers do nothing then.
+        # uvicorn handles both signals while it runs, and raises them again at the end.
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)
+            signal.signal(number, lambda *_: sys.exit())
         server.run(sockets=[listener])
 
 
