@@ -38,6 +38,9 @@ _SLICES = flags.DEFINE_string(
 _WANTED_ERROR = flags.DEFINE_float(
     'wanted_error', predictor.WANTED_ERROR, 'Share of wrong answers among those given; for others it abstains.'
 )
+_EXPLAIN = flags.DEFINE_string(
+    'explain', None, 'Folder for a picture of every answer: where in the image the evidence for the class lies.'
+)
 flags.register_validator(
     'slices', re.compile(r'all|middle|[1-9]\d{0,3}').fullmatch, 'must be all, middle, or a number up to 9999'
 )
@@ -71,6 +74,8 @@ def answer(paths):
     run = predictor.Predictor.from_workdir(_WORKDIR.value, wanted_error=_WANTED_ERROR.value)
     slices = _SLICES.value if _SLICES.value in ('all', 'middle') else int(_SLICES.value)
     given = answers.answer_files(run, paths, plane=_PLANE.value, slices=slices)
+    if _EXPLAIN.value:
+        given = answers.explain_answers(run, given, _EXPLAIN.value)
     shown = sys.stdout.isatty() and not _OUTPUT.value  # the answers themselves are; they are progress enough
     given = tqdm.tqdm(given, total=len(paths), unit=' files', disable=shown or None)
     with open_output() as file:

@@ -14,6 +14,10 @@ import time
 
 import seeds
 
+with contextlib.suppress(ImportError):  # optional; each child would import them anew
+    import nibabel  # noqa: F401
+    import pydicom.pixels  # noqa: F401
+
 from brain_jax import InputError, pretrained
 from brain_jax.data import images, reference, scans
 

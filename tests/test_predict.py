@@ -65,9 +65,10 @@ def test_folder_is_answered_as_it_was_evaluated(run, data, tmp_path):
     with open(workdir / 'evaluation_test/predictions.csv', newline='') as file:
         expected = {row['path']: row for row in csv.DictReader(file)}
     folder = pathlib.Path(data['data_dir'])
-    done = predict(workdir, folder / 'Testing', '--output', tmp_path / 'new/answers.csv')
+    maps = ('--explain', tmp_path / 'maps')
+    done = predict(workdir, folder / 'Testing', '--output', tmp_path / 'new/answers.csv', *maps)
     assert done.returncode == 0 and not done.stdout, done.stderr
-    assert os.listdir(tmp_path / 'new') == ['answers.csv']
+    assert os.listdir(tmp_path / 'new') == ['answers.csv'] and len(os.listdir(tmp_path / 'maps')) == 20
     rows = read_csv((tmp_path / 'new/answers.csv').read_text())
     names = json.loads((workdir / 'run.json').read_text())['class_names']
     probabilities = [f'probability_{name}' for name in names]
@@ -85,17 +86,21 @@ def test_folder_is_answered_as_it_was_evaluated(run, data, tmp_path):
 def test_list_of_files_with_bad_ones(run, data, tmp_path):
     """What cannot be read is a row with the reason; all else is answered, in order, and the status tells of it."""
     good = str(next(pathlib.Path(data['data_dir']).glob('Testing/*/*.png')))
+    test_scans = pytest.importorskip('test_scans')
     (tmp_path / 'bad.png').write_bytes(b'no image')
+    (tmp_path / 'marked.dcm').write_bytes(test_scans.make_marked(WindowCenter='SECRET'))
     slices = make_volume(tmp_path / 'volume.nii.gz')
-    paths = [good, 'bad.png', 'nowhere.dcm', './bad.png', 'volume.nii.gz']
+    paths = [good, 'bad.png', 'nowhere.dcm', './bad.png', 'volume.nii.gz', 'marked.dcm']
     listed = '\n'.join(paths).encode()
     done = predict(run[0], '-', '--format', 'jsonl', '--slices', 'all', input=listed, cwd=tmp_path)
     assert done.returncode == 1 and b'Traceback' not in done.stderr, done.stderr
     rows = [json.loads(line) for line in done.stdout.decode().splitlines()]
     assert [row['path'] for row in rows] == paths
+    assert not test_scans.MARK.search((done.stdout + done.stderr).decode())
     damaged = 'no JPEG, PNG, BMP, TIFF, WebP, DICOM or NIfTI file, or its header is damaged'
-    assert [row['error'] for row in rows] == ['', damaged, 'not a file', damaged, '']
-    assert [row['predicted'] is None for row in rows] == [False, True, True, True, False]
+    lost = 'cannot be decoded (ValueError); it may be damaged'
+    assert [row['error'] for row in rows] == ['', damaged, 'not a file', damaged, '', lost]
+    assert [row['predicted'] is None for row in rows] == [False, True, True, True, False, True]
     assert 'slices' not in rows[0] and [found['slice'] for found in rows[4]['slices']] == [
         f'axial {i}' for i in (1, 2, 3, 4)
     ]
@@ -165,6 +170,20 @@ def test_answers_come_while_files_are_still_to_be_read(run, data):
     found.close()
 
 
+def test_pictures_of_the_evidence(run, tmp_path):
+    _, predictor = run
+    make_volume(tmp_path / 'a volume?.nii')
+    Image.new('L', (8, 8), 90).save(tmp_path / 'b.png')
+    paths = ['nowhere', *(str(tmp_path / name) for name in ('a volume?.nii', 'b.png'))]
+    given = list(answers.answer_files(predictor, paths, slices=2))
+    assert list(answers.explain_answers(predictor, given, tmp_path / 'new/maps')) == given
+    names = ['00002_a_volume_.nii_axial_2.png', '00002_a_volume_.nii_axial_4.png', '00003_b.png.png']
+    assert sorted(os.listdir(tmp_path / 'new/maps')) == names
+    for name in names:
+        with Image.open(tmp_path / 'new/maps' / name) as image:
+            assert image.width > image.height > 100 and len(image.convert('RGB').getcolors(2**20)) > 20
+
+
 def test_no_cell_is_a_formula(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = ['=1+1.png', '+1.png', '-1.png', '@SUM(A1).png', '\tx.png', 'a,"b"\nc.png']
@@ -232,26 +251,11 @@ def test_nothing_about_the_patient_gets_out(run, tmp_path):
     for form in ('csv', 'jsonl', 'table'):
         text, unread = write(form, run[1], answers.find_files([str(tmp_path)]))
         assert not test_scans.MARK.search(text) and 5 < unread < len(os.listdir(tmp_path))
-    done = predict(run[0], tmp_path)
-    assert done.returncode == 1 and done.stdout.count(b'\n') == len(os.listdir(tmp_path)) + 1
-    assert not test_scans.MARK.search((done.stdout + done.stderr).decode())
 
 
-@pytest.mark.parametrize(
-    ('arguments', 'message'),
-    [
-        (['--workdir', '{tmp}', 'a.png'], 'error: {tmp}'),
-        (['--workdir', '{run}', '--output', '{file}/a.csv', 'a.png'], 'error: {file}/a.csv cannot be written: '),
-        (['--workdir', '{run}'], 'error: no files: give paths'),
-        (['--workdir', '{run}', '--slices', 'some', 'a.png'], 'must be all, middle, or a number'),
-    ],
-)
-def test_wrong_use_is_told_in_a_line(run, tmp_path, arguments, message):
+def test_output_that_cannot_be_written(run, tmp_path):
     (tmp_path / 'file').touch()
-    fields = {'tmp': tmp_path, 'run': run[0], 'file': tmp_path / 'file'}
-    command = [sys.executable, REPOSITORY / 'scripts/predict.py', *(text.format(**fields) for text in arguments)]
-    environment = os.environ | {'PYTHONPATH': str(REPOSITORY)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
-    assert done.returncode == 1 and not done.stdout and 'Traceback' not in done.stderr
-    assert [line for line in done.stderr.splitlines() if message.format(**fields) in line], done.stderr
+    done = predict(run[0], 'a.png', '--output', tmp_path / 'file/answers.csv')
+    assert done.returncode == 1 and not done.stdout and b'Traceback' not in done.stderr
+    assert f'error: {tmp_path}/file/answers.csv cannot be written: ' in done.stderr.decode()
     assert os.listdir(tmp_path) == ['file']

@@ -400,6 +400,11 @@ def test_slices_that_cannot_be(slices):
         scans.decode_slices(make_dicom(STEPS), slices=slices)
 
 
+def test_plane_that_cannot_be():
+    with pytest.raises(InputError, match=r"image: plane is 'oblique': it must be one of axial, coronal, sagittal"):
+        scans.decode_slices(make_nifti(make_corners()), plane='oblique')
+
+
 @pytest.mark.parametrize(('package', 'data'), [('pydicom', make_dicom(STEPS)), ('nibabel', make_nifti(make_corners()))])
 def test_package_that_is_not_installed(package, data, monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, package, None)  # as Python does where an import is to fail

@@ -6,14 +6,16 @@ import glob
 import json
 import os
 import pathlib
+import re
 from concurrent import futures
 from typing import NamedTuple
 
 import numpy as np
 from scipy import special
 
-from brain_jax import InputError
+from brain_jax import InputError, files
 from brain_jax.data import scans
+from brain_jax.serving import explain
 from brain_jax.serving.predictor import BATCH_SIZES, Prediction
 
 _THREADS = 4  # that decode and resize while the network computes
@@ -166,6 +168,36 @@ def _answer(predictor, held):
             yield Answer(path, found[0], (), images, '')
         else:
             yield Answer(path, combine(predictor, found), tuple(zip(names, found, strict=True)), images, '')
+
+
+def explain_answers(predictor, given, folder):
+    """Passes answers on, and writes a picture of what speaks for each and against it (`explain.class_activation`).
+
+    Slices of a volume are explained each, for the class of the volume.
+
+    Args:
+      predictor: a `Predictor`.
+      given: iterable of `Answer`.
+      folder: to write to: `NUMBER_NAME.png`, by the number of the answer, from 1, and the file's name, or
+        `NUMBER_NAME_SLICE.png`.
+
+    Yields:
+      The same answers.
+
+    Raises:
+      InputError: where a picture cannot be written.
+    """
+    for number, answer in enumerate(given, 1):
+        if answer.prediction is not None:
+            best = predictor.class_names.index(answer.prediction.predicted)
+            heats = explain.class_activation(predictor, answer.images, np.full(len(answer.images), best))
+            slices = answer.slices or [('', answer.prediction)]
+            for image, heat, (name, prediction) in zip(answer.images, heats, slices, strict=True):
+                title = f'{predictor.class_names[best]}, probability {prediction.probabilities[best]:.3f}'
+                title, end = (f'{name}: {title}', f'_{name}') if name else (title, '')
+                file = re.sub(r'[^\w.-]+', '_', f'{number:05d}_{os.path.basename(answer.path)[:100]}{end}.png')
+                files.write_whole(pathlib.Path(folder, file), explain.draw_overlay(image, heat, title))
+        yield answer
 
 
 def write_answers(answers, file, form, class_names):
