@@ -55,35 +55,63 @@ async def behave(client, files, end, found):
         found.append((time.perf_counter() - start, problem))
 
 
-async def misbehave(client, kind, make_content, pause, end, found):
-    """Sends the same bad request again and again, and counts how it ends."""
+async def misbehave(client, content, pause, end, found):
+    """Sends the same bad file again and again, and counts how that ends."""
     while time.perf_counter() < end:
         try:
-            status = (await client.post(_PATH, **make_content())).status_code
+            status = (await client.post(_PATH, files={'files': ('../../etc/passwd', content)})).status_code
         except httpx.HTTPError as error:
             status = type(error).__name__
-        found[kind][status] += 1
+        found[status] += 1
         await asyncio.sleep(pause)
 
 
-async def _zeros(count, seconds=0.0):
-    """Yields the start of a form, then chunks of zeros, with a pause after each."""
-    yield b'--b\r\ncontent-disposition: form-data; name="files"; filename="f"\r\n\r\n'
-    for _ in range(count):
-        yield bytes(10 if seconds else 2**20)
-        await asyncio.sleep(seconds)
+async def flood(head, chunk, pause, end, found):
+    """Sends a request without end, again and again, until it is answered; counts the answers.
+
+    Args:
+      head: its last header, and how its body begins.
+      chunk: bytes that are sent over and over.
+      pause: seconds after each.
+      end: until when.
+      found: dictionary of counts.
+    """
+    address = urllib.parse.urlsplit(_URL.value)
+    token = f'Authorization: Bearer {_TOKEN.value}\r\n' if _TOKEN.value else ''
+    start = (
+        f'POST {_PATH} HTTP/1.1\r\nHost: {address.hostname}\r\n{token}'
+        f'Content-Type: multipart/form-data; boundary=b\r\n{head}\r\n'
+    )
+    while time.perf_counter() < end:
+        reader, writer = await asyncio.open_connection(address.hostname, address.port)
+        answer = asyncio.create_task(reader.readline())
+        try:
+            writer.write(start.encode())
+            while not answer.done():  # httpx would read no answer before all is sent
+                writer.write(chunk)
+                await writer.drain()
+                await asyncio.sleep(pause)
+        except ConnectionError:
+            pass
+        try:
+            found[int((await answer).split()[1])] += 1
+        except (ConnectionError, IndexError) as error:
+            found[type(error).__name__] += 1
+        writer.transport.abort()
+        await asyncio.sleep(1)
 
 
-def hostile_clients():
-    """Returns (kind, function that makes the arguments of a request, pause in seconds) of every bad client."""
-    form = {'content-type': 'multipart/form-data; boundary=b'}
-    malicious = {'files': {'files': ('../../etc/passwd', bomb())}}
+def misbehaving(client, end, found):
+    """Returns a coroutine for each bad client."""
+    part = '--b\r\nContent-Disposition: form-data; name="files"; filename="f"\r\n\r\n'
+    chunked = f'Transfer-Encoding: chunked\r\n\r\n{len(part):x}\r\n{part}'
+    megabyte = b'100000\r\n' + bytes(2**20) + b'\r\n'
     return [
-        ('slow', lambda: {'content': _zeros(10**6, 0.5), 'headers': form}, 0),
-        ('huge', lambda: {'content': _zeros(10**6), 'headers': form | {'content-length': str(2**40)}}, 1),
-        ('huge_unannounced', lambda: {'content': _zeros(200), 'headers': form}, 5),
-        ('broken', lambda: {'files': {'files': ('image.png', b'\x89PNG\r\n\x1a\n' + bytes(1000))}}, 0.5),
-        ('malicious', lambda: malicious, 1),
+        flood(chunked, b'1\r\n-\r\n', 0.5, end, found['slow']),
+        flood(f'Content-Length: {2**40}\r\n', bytes(2**16), 0, end, found['huge']),
+        flood(chunked, megabyte, 0.01, end, found['huge_unannounced']),
+        misbehave(client, b'\x89PNG\r\n\x1a\n' + bytes(1000), 0.5, end, found['broken']),
+        misbehave(client, bomb(), 1, end, found['malicious']),
     ]
 
 
@@ -108,7 +136,7 @@ async def load(files):
         end = start + _SECONDS.value
         others = [watch_memory(client, end, memory)]
         if _HOSTILE.value:
-            others += [misbehave(client, *hostile, end, bad) for hostile in hostile_clients()]
+            others += misbehaving(client, end, bad)
         others = asyncio.gather(*others)
         await asyncio.gather(*(behave(client, files, end, answers) for _ in range(_CLIENTS.value)))
         seconds = time.perf_counter() - start

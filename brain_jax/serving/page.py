@@ -193,9 +193,10 @@ def _nothing_yet():
 
 
 def _problem(error):
+    reason = html.escape(str(error))
     return (
         '<h2>Answer</h2><div class="verdict problem" role="alert"><strong>There is no answer.</strong> '
-        f'{html.escape(str(error))}</div>'
+        f'{reason[:1].upper()}{reason[1:]}.</div>'
     )
 
 

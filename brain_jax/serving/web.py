@@ -2,6 +2,7 @@
 
 import contextlib
 import ipaddress
+import logging as standard_logging
 import signal
 import socket
 import sys
@@ -65,6 +66,7 @@ def serve(workdir, *, host='127.0.0.1', port=8000, token=None, wanted_error):
             logging.warning('whoever reaches port %d of this machine can use it: give a --token', port)
         # Else a page of any site could have its name lead to this machine, and read what this server says.
         hosts = ('localhost', '127.0.0.1', '::1', '[::1]') if local else ('*',)
+        standard_logging.getLogger('python_multipart').setLevel('ERROR')  # it tells of every form that is malformed
         app = create_app(served, token=token, hosts=hosts)
         server = _Server(
             uvicorn.Config(
