@@ -18,7 +18,9 @@ from brain_jax import InputError
 from brain_jax.serving import predictor
 
 _WORKDIR = flags.DEFINE_string('workdir', None, "The run's folder.", required=True)
-_PORT = flags.DEFINE_integer('port', 8000, 'Port to listen on; 0 for any that is free.')
+_PORT = flags.DEFINE_integer(
+    'port', 8000, 'Port to listen on; 0 for any that is free.', lower_bound=0, upper_bound=2**16 - 1
+)
 _HOST = flags.DEFINE_string('host', '127.0.0.1', 'Address to listen on; 0.0.0.0 for all of this machine.')
 _TOKEN = flags.DEFINE_string(
     'token',
