@@ -14,10 +14,12 @@ import select
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -40,7 +42,6 @@ batching, gate, service, uploads = (
 
 ROOT = pathlib.Path(__file__).parents[1]
 get_config = runpy.run_path(str(ROOT / 'configs/densenet121.py'))['get_config']
-load_test = runpy.run_path(str(ROOT / 'scripts/load_test.py'))  # its clients that do not behave
 
 
 @pytest.fixture(scope='module')
@@ -186,13 +187,26 @@ def test_description_and_metrics(server, heads):
 # Refusals.
 
 
+def make_bomb():
+    """Returns a small PNG of 13,000 by 13,000 pixels, of which it holds as many zeros as fit 64 kB."""
+    parts = (
+        (b'IHDR', struct.pack('>IIBBBBB', 13_000, 13_000, 8, 0, 0, 0, 0)),
+        (b'IDAT', zlib.compress(bytes(2**26), 9)),
+        (b'IEND', b''),
+    )
+    chunks = [
+        struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data)) for kind, data in parts
+    ]
+    return b'\x89PNG\r\n\x1a\n' + b''.join(chunks)
+
+
 @pytest.mark.parametrize(
     ('content', 'reason'),
     [
         (b'', 'an empty file'),
         (b'no image', 'no JPEG, PNG, BMP, TIFF, WebP, DICOM or NIfTI file'),
         (b'\x89PNG\r\n\x1a\n' + bytes(100), 'cannot be decoded|header is damaged'),
-        (load_test['bomb'](), 'megapixels'),
+        (make_bomb(), 'megapixels'),
     ],
     ids=['empty', 'text', 'broken', 'bomb'],
 )
