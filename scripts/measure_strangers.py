@@ -8,13 +8,19 @@ images, by two distances, and the share that the run takes for strangers. See `b
 """
 
 import json
+import os
 import pathlib
 import sys
 
+# TensorFlow reads these on import. It only reads data here, and has nothing to tell about that.
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
+
 import numpy as np
+import tensorflow as tf
 from absl import app, flags, logging
 
-from brain_jax import InputError, files, finished_run, main
+from brain_jax import InputError, files, finished_run
 from brain_jax.evaluation import out_of_distribution, strangers
 from brain_jax.serving import predictor
 
@@ -67,11 +73,14 @@ def format_markdown(found):
 def run(argv):
     if len(argv) > 1:
         sys.exit(f'error: unexpected arguments: {" ".join(argv[1:])}')
+    tf.config.set_visible_devices([], 'GPU')  # else TensorFlow takes the memory that JAX needs
     logging.set_verbosity(logging.WARNING)
-    with main.telling_errors():
+    try:
         found = measure(pathlib.Path(_WORKDIR.value), _DATA_DIR.value)
         files.write_whole(pathlib.Path(_OUTPUT.value, 'strangers.json'), json.dumps(found, indent=2) + '\n')
         files.write_whole(pathlib.Path(_OUTPUT.value, 'strangers.md'), format_markdown(found))
+    except InputError as error:
+        sys.exit(f'error: {error}')
     print(format_markdown(found))
 
 

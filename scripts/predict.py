@@ -39,7 +39,9 @@ _SLICES = flags.DEFINE_string(
     'slices', 'middle', 'Of the head in a NIfTI volume, or of the frames of a DICOM file: all, middle, or how many.'
 )
 _WANTED_ERROR = flags.DEFINE_float(
-    'wanted_error', predictor.WANTED_ERROR, 'Share of wrong answers among those given; for others it abstains.'
+    'wanted_error',
+    None,
+    'Share of wrong answers among those given; for others it abstains. Default: the largest known.',
 )
 _EXPLAIN = flags.DEFINE_string(
     'explain', None, 'Folder for a picture of every answer: where in the image the evidence for the class lies.'

@@ -15,7 +15,7 @@ import tensorflow as tf
 from absl import app, flags, logging
 
 from brain_jax import InputError
-from brain_jax.serving import predictor
+from brain_jax.serving import runtimes
 
 _WORKDIR = flags.DEFINE_string('workdir', None, "The run's folder.", required=True)
 _PORT = flags.DEFINE_integer(
@@ -29,7 +29,12 @@ _TOKEN = flags.DEFINE_string(
     '--token=... into a file and give --flagfile=FILE, and no list of processes shows it.',
 )
 _WANTED_ERROR = flags.DEFINE_float(
-    'wanted_error', predictor.WANTED_ERROR, 'Share of wrong answers among those given, for which it abstains.'
+    'wanted_error',
+    None,
+    'Share of wrong answers among those given; for others it abstains. Default: the largest known.',
+)
+_RUNTIME = flags.DEFINE_enum(
+    'runtime', 'jax', ('jax', *runtimes.LOADERS), "What computes: JAX, or another runtime with the run's ONNX export."
 )
 
 
@@ -44,7 +49,12 @@ def main(argv):
         sys.exit(f'error: needs {error.name}: pip install -r requirements-serve.txt')
     try:
         web.serve(
-            _WORKDIR.value, host=_HOST.value, port=_PORT.value, token=_TOKEN.value, wanted_error=_WANTED_ERROR.value
+            _WORKDIR.value,
+            host=_HOST.value,
+            port=_PORT.value,
+            token=_TOKEN.value,
+            runtime=_RUNTIME.value,
+            wanted_error=_WANTED_ERROR.value,
         )
     except InputError as error:
         sys.exit(f'error: {error}')

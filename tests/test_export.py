@@ -220,7 +220,9 @@ def test_comparison():
         changed[row, 1] += change
         found = export.compare(expected, {'probabilities': changed})
         assert not found['accepted']
-    assert not export.compare(expected, {'probabilities': swapped}, in_bfloat16=True)['accepted']
+    assert not export.compare(expected, {'probabilities': swapped}, *export.OPENVINO_TOLERANCES['openvino_bfloat16'])[
+        'accepted'
+    ]
 
 
 @pytest.fixture(scope='module')

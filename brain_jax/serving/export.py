@@ -32,8 +32,8 @@ SUFFIXES = {
 PLATFORMS = ('cpu', 'cuda', 'tpu')  # that the StableHLO of an export is for
 TOLERANCE = 1e-5  # of a probability
 FEATURE_TOLERANCE = 1e-4  # of logits and features, over the largest
-# In bfloat16: of a probability, and the share of labels that may differ.
-BFLOAT16_TOLERANCE, BFLOAT16_LABELS = 0.1, 0.005
+# OpenVINO opens the ONNX file as well, and rounds otherwise: of a probability, and the share of labels that may differ.
+OPENVINO_TOLERANCES = {'openvino': (1e-4, 0.0), 'openvino_bfloat16': (0.1, 0.005)}
 NOTICE = 'For research and teaching. Not a medical device: no diagnosis may rest on it.'
 
 _CALLS = {
@@ -196,7 +196,7 @@ def prove(path, network, form, images, expected):
       {runtime: what `compare` returned}.
 
     Raises:
-      InputError: where answers differ. In bfloat16 they may: whether as little as stated is told in the comparison.
+      InputError: where answers differ. In OpenVINO they may: whether as little as stated is told in the comparison.
     """
     proofs = {}
     for runtime, load in list_loaders(form, network).items():
@@ -206,9 +206,8 @@ def prove(path, network, form, images, expected):
             runtimes.in_batches(compute, images[1:], description=f'Answers of {runtime}'),
         ]
         found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        in_bfloat16 = runtime.endswith('bfloat16')
-        proofs[runtime] = compare(expected, found, in_bfloat16)
-        if not in_bfloat16 and not proofs[runtime]['accepted']:
+        proofs[runtime] = compare(expected, found, *OPENVINO_TOLERANCES.get(runtime, ()))
+        if runtime not in OPENVINO_TOLERANCES and not proofs[runtime]['accepted']:
             raise InputError(
                 f'the export to {form} is not written, {runtime} answers otherwise than the run: '
                 f'{runtimes.describe(proofs[runtime])}; please report it'
@@ -216,7 +215,7 @@ def prove(path, network, form, images, expected):
     return proofs
 
 
-def compare(expected, found, in_bfloat16=False):
+def compare(expected, found, tolerance=TOLERANCE, other_labels=0.0):
     """Compares the answers of an export with those of the run.
 
     A label may differ where the two best probabilities are closer than the tolerance: a tie.
@@ -224,13 +223,13 @@ def compare(expected, found, in_bfloat16=False):
     Args:
       expected: dictionary of `runtimes.OUTPUTS`, what the run answers.
       found: dictionary of some of them, what the export does.
-      in_bfloat16: whether the wider tolerances of bfloat16 count.
+      tolerance: of a probability.
+      other_labels: share of labels that may differ; where some may, logits and features may, too.
 
     Returns:
       A dictionary: images, largest_difference (of a probability), labels_equal, ties (among those that are not), the
       largest differences of logits and features over the largest of these, tolerance, and whether it is accepted.
     """
-    tolerance = BFLOAT16_TOLERANCE if in_bfloat16 else TOLERANCE
     probabilities = expected['probabilities']
     difference = np.abs(found['probabilities'] - probabilities).max()
     equal = found['probabilities'].argmax(axis=1) == probabilities.argmax(axis=1)
@@ -242,10 +241,9 @@ def compare(expected, found, in_bfloat16=False):
             largest = np.abs(found[name] - expected[name]).max() / np.abs(expected[name]).max()
             relative[f'largest_difference_of_{name}'] = float(largest)
     different = len(equal) - int(equal.sum()) - ties
-    if in_bfloat16:
-        accepted = difference <= tolerance and different <= BFLOAT16_LABELS * len(equal)
-    else:
-        accepted = difference <= tolerance and different == 0 and all(x <= FEATURE_TOLERANCE for x in relative.values())
+    accepted = difference <= tolerance and different <= other_labels * len(equal)
+    if not other_labels:
+        accepted &= all(x <= FEATURE_TOLERANCE for x in relative.values())
     return {
         'images': len(equal),
         'largest_difference': float(difference),

@@ -23,7 +23,6 @@ from brain_jax.evaluation import out_of_distribution
 from brain_jax.serving import runtimes
 
 BATCH_SIZES = (1, 8, 64)  # for which the network is compiled; what comes between is filled up
-WANTED_ERROR = 0.05  # share of wrong answers among those given
 
 
 class Prediction(NamedTuple):
@@ -78,13 +77,14 @@ class Predictor(NamedTuple):
     answer: Callable
 
     @classmethod
-    def from_workdir(cls, workdir, *, runtime='jax', wanted_error=WANTED_ERROR):
+    def from_workdir(cls, workdir, *, runtime='jax', wanted_error=None):
         """Loads a finished and evaluated run.
 
         Args:
           workdir: the run's folder.
           runtime: what computes the answers, 'jax', or one of `runtimes.LOADERS` for the run's ONNX export.
-          wanted_error: share of wrong answers among those given; one of those that `scripts/evaluate.py` looked for.
+          wanted_error: share of wrong answers among those given; one of those that `scripts/evaluate.py` looked for,
+            None: the largest of them.
 
         Returns:
           A `Predictor`.
@@ -190,6 +190,7 @@ def choose_threshold(calibration, wanted_error):
         logging.warning('the run kept no validation images: it never abstains, and its probabilities are as trained')
         return 0.0
     thresholds = {found['wanted_error']: found['threshold'] for found in calibration['thresholds']}
+    wanted_error = max(thresholds) if wanted_error is None else wanted_error
     if wanted_error not in thresholds:
         raise InputError(
             f'wanted_error is {wanted_error:g}: scripts/evaluate.py looked for {", ".join(map(str, thresholds))}; use '

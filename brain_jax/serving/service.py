@@ -31,9 +31,9 @@ class Service:
       monitor: a `Monitor`.
     """
 
-    def __init__(self, workdir, *, wanted_error=predictor.WANTED_ERROR):
+    def __init__(self, workdir, *, runtime='jax', wanted_error=None):
         """Loads a run; see `predictor.Predictor.from_workdir` for what it raises."""
-        self.predictor = predictor.Predictor.from_workdir(workdir, wanted_error=wanted_error)
+        self.predictor = predictor.Predictor.from_workdir(workdir, runtime=runtime, wanted_error=wanted_error)
         self.hashes = predictor.read_calibration(pathlib.Path(workdir))['hashes']
         self.monitor = Monitor()
         self.batcher = batching.Batcher(

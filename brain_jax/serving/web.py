@@ -45,7 +45,7 @@ def create_app(served, *, token=None, hosts=('*',)):
     return app
 
 
-def serve(workdir, *, host='127.0.0.1', port=8000, token=None, wanted_error):
+def serve(workdir, *, host='127.0.0.1', port=8000, token=None, runtime='jax', wanted_error=None):
     """Serves a run until SIGTERM or SIGINT; then finishes what is under way.
 
     Args:
@@ -53,14 +53,14 @@ def serve(workdir, *, host='127.0.0.1', port=8000, token=None, wanted_error):
       host: address to listen on.
       port: the same; 0 for any that is free.
       token: see `create_app`.
-      wanted_error: see `predictor.Predictor.from_workdir`.
+      runtime, wanted_error: see `predictor.Predictor.from_workdir`.
 
     Raises:
       InputError: where the run cannot be loaded, or the address not be used.
     """
     listener = listen(host, port)
     with listener:
-        served = service.Service(workdir, wanted_error=wanted_error)
+        served = service.Service(workdir, runtime=runtime, wanted_error=wanted_error)
         local = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
         if not local and not token:
             logging.warning('whoever reaches port %d of this machine can use it: give a --token', port)
