@@ -26,12 +26,12 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 def run(data, tmp_path_factory):
     """A run that was trained and evaluated; its folder and `Predictor`."""
     workdir = make_run(data, tmp_path_factory.mktemp('runs') / 'run')
-    return workdir, predictor.Predictor.from_workdir(workdir, wanted_error=0.5)
+    return workdir, predictor.Predictor.from_workdir(workdir, wanted_error=0.9)
 
 
 def predict(workdir, *arguments, **options):
     """Runs the script; returns the finished process."""
-    command = [sys.executable, REPOSITORY / 'scripts/predict.py', '--workdir', workdir, '--wanted_error', '0.5']
+    command = [sys.executable, REPOSITORY / 'scripts/predict.py', '--workdir', workdir, '--wanted_error', '0.9']
     environment = os.environ | {'PYTHONPATH': str(REPOSITORY)}
     return subprocess.run([*command, *arguments], capture_output=True, env=environment, **options)
 
@@ -211,7 +211,7 @@ def test_terminal_gets_a_table(run, data):
     """And no progress bar, which would write over it."""
     reader, writer = pty.openpty()
     path = next(pathlib.Path(data['data_dir']).glob('Testing/*/*.png'))
-    command = [sys.executable, REPOSITORY / 'scripts/predict.py', '--workdir', run[0], '--wanted_error', '0.5', path]
+    command = [sys.executable, REPOSITORY / 'scripts/predict.py', '--workdir', run[0], '--wanted_error', '0.9', path]
     environment = os.environ | {'PYTHONPATH': str(REPOSITORY)}
     with subprocess.Popen(command, stdout=writer, stderr=subprocess.PIPE, env=environment) as process:
         os.close(writer)
