@@ -82,7 +82,9 @@ def make_result(n=120, class_names=CLASSES, absent=None, empty=(), temperature=1
         },
         'versions': {'jax': '0.10.2'},
     }
-    return predictions, described | evaluate.score_run(predictions, calibration) | {'comparison': None}
+    strangers = {'wanted_false_alarms': 0.05, 'threshold': 1.0, 'false_alarms': {'standard': 0.04}}
+    metrics = described | evaluate.score_run(predictions, calibration)
+    return predictions, metrics | {'out_of_distribution': strangers, 'comparison': None}
 
 
 @pytest.fixture(scope='module')
@@ -225,6 +227,7 @@ def test_card_tells_what_a_reader_needs(result):
     tables = [line for line in card.splitlines() if line.startswith('|')]
     assert len(tables) > 10
     assert f'{100 * metrics["standard"]["accuracy"]:.1f}' in wording.summarize(metrics)
+    assert 'Taken for no image of this kind: 4.0 % (wanted: 5 %)' in wording.summarize(metrics)
 
 
 def test_files_are_written_whole(result, tmp_path):
