@@ -6,7 +6,6 @@ to be costly: lengths, sizes and counts are looked at before pydicom or its deco
 pydicom is an optional package (requirements-serve.txt), so it is imported where it is needed.
 """
 
-import io
 import re
 import struct
 import zlib
@@ -15,6 +14,7 @@ import numpy as np
 from scipy import special
 
 from brain_jax import InputError
+from brain_jax.data import images
 from brain_jax.data import slices as slices_lib
 
 SUFFIXES = ('.dcm', '.dicom', '.ima')  # of files that may lack the letters that tell DICOM
@@ -47,17 +47,8 @@ _ELEMENTS = (
 )
 
 
-class _CountedFile(io.BytesIO):
-    """A file in memory that can be read so often only."""
-
-    reads = 0
-
-    def read(self, size=-1):
-        """Reads as usual, and raises `InputError` when that was too often."""
-        self.reads += 1
-        if self.reads > _MAX_READS:
-            raise InputError('made of too many small parts')
-        return super().read(size)
+class _CountedFile(images.CountedFile):
+    max_reads, complaint = _MAX_READS, 'made of too many small parts'
 
 
 def read_dicom(data, slices):

@@ -188,16 +188,17 @@ def resize(image, height, width):
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 
-class _CountedFile(io.BytesIO):
-    """A file in memory that can be read so often only."""
+class CountedFile(io.BytesIO):
+    """A file in memory that can be read `max_reads` times only."""
 
+    max_reads, complaint = _MAX_READS, 'made of too many small parts; save the image anew'
     reads = 0
 
     def read(self, size=-1):
         """Reads as usual, and raises `InputError` when that was too often."""
         self.reads += 1
-        if self.reads > _MAX_READS:
-            raise InputError('made of too many small parts; save the image anew')
+        if self.reads > self.max_reads:
+            raise InputError(self.complaint)
         return super().read(size)
 
 
@@ -207,7 +208,7 @@ def _open(data):
         raise InputError(f'a JPEG of more than {_MAX_SCANS} scans; save the image anew')
     if data[:2] in (b'II', b'MM'):
         _check_tags(data)
-    return Image.open(_CountedFile(data), formats=_FORMATS)
+    return Image.open(CountedFile(data), formats=_FORMATS)
 
 
 def _check_tags(data):
