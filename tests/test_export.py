@@ -276,6 +276,24 @@ def test_openvino_sends_no_event():
     assert done.stdout.strip() == 'openvino.tools.ovc.telemetry_stub', done.stderr
 
 
+def test_openvino_leaves_signals_alone(served):
+    program = """if True:
+        import faulthandler, pathlib, signal, sys
+        import numpy as np
+        from brain_jax.serving import runtimes
+        faulthandler.enable()  # gives the main thread a stack for signals, as pytest and absl do
+        for _ in range(2):
+            compute = runtimes.load_openvino(pathlib.Path(sys.argv[1]), threads=1)
+            compute(np.zeros((1, 32, 32), np.uint8))
+        del compute
+        signal.signal(signal.SIGTERM, lambda *_: print('still there'))
+        signal.raise_signal(signal.SIGTERM)
+    """
+    command = [sys.executable, '-c', program, str(served / 'exports/model.onnx')]
+    found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stdout) == (0, 'still there\n'), found.stderr
+
+
 def test_bad_output_leaves_nothing(workdir, tmp_path):
     (tmp_path / 'folder').mkdir()
     for form, output, message in (

@@ -9,6 +9,7 @@ import json
 import pathlib
 import sys
 import threading
+from concurrent import futures
 
 import numpy as np
 import tqdm
@@ -50,8 +51,11 @@ def load_openvino(path, threads=0, precision='f32'):
       As `load_onnxruntime`.
     """
     openvino = import_openvino()
-    compiled = openvino.Core().compile_model(str(path), 'CPU', openvino_properties(threads, precision))
-
+    properties = openvino_properties(threads, precision)
+    # OpenVINO gives the thread that compiles a stack of its own for signals, smaller than Python's, and leaves it there
+    # when it is freed: the next signal would end the process. So a thread compiles that ends with it.
+    with futures.ThreadPoolExecutor(1) as pool:
+        compiled = pool.submit(openvino.Core().compile_model, str(path), 'CPU', properties).result()
     lock = threading.Lock()
 
     def compute(images):
