@@ -1,5 +1,6 @@
 """Whatever bytes a reader is given, it returns what it promises or raises an `InputError` of one line."""
 
+import importlib.util
 import os
 
 import hypothesis
@@ -9,11 +10,14 @@ import seeds
 from hypothesis import strategies
 
 from brain_jax import InputError, pretrained
-from brain_jax.data import images
+from brain_jax.data import images, scans
 
 # The same examples in every run. No deadline: it would be a test of the machine.
 SETTINGS = hypothesis.settings(derandomize=True, deadline=None, max_examples=300, database=None)
 IMAGES, WEIGHTS = list(seeds.image_files().values()), list(seeds.weights_files().values())
+HAS_SCANS = all(map(importlib.util.find_spec, ('pydicom', 'nibabel', 'pylibjpeg', 'libjpeg', 'openjpeg')))  # optional
+DICOM, NIFTI = (seeds.dicom_files(), seeds.nifti_files()) if HAS_SCANS else ({}, {})
+needs_scans = pytest.mark.skipif(not HAS_SCANS, reason='needs requirements-serve.txt')
 
 
 @strategies.composite
@@ -88,6 +92,45 @@ def test_damaged_weights(path, data):
     check_weights(data, path)
 
 
+def check_scan(data, name):
+    """Checks that the bytes are read as slices, or refused with one line."""
+    try:
+        found = scans.decode_slices(data, name=name, slices=2)
+    except InputError as error:
+        assert str(error).startswith(f'{name}: ') and str(error).isprintable()
+    else:
+        assert 1 <= len(found) <= 2 and all(label.isprintable() for label, _ in found)
+        assert all(grey.dtype == np.uint8 and grey.ndim == 2 and min(grey.shape) > 0 for _, grey in found)
+
+
+@needs_scans
+@SETTINGS
+@hypothesis.given(strategies.binary(max_size=200))
+def test_any_bytes_as_dicom(data):
+    check_scan(data, 'scan.dcm')
+
+
+@needs_scans
+@SETTINGS
+@hypothesis.given(strategies.binary(max_size=344), strategies.binary(max_size=200))
+def test_any_bytes_as_nifti(header, voxels):
+    check_scan(header.ljust(344, b'\0') + b'n+1\0' + voxels, 'scan.nii')
+
+
+@needs_scans
+@SETTINGS
+@hypothesis.given(damaged([data.removeprefix(bytes(128) + b'DICM') for data in DICOM.values()]))  # read just as well
+def test_damaged_dicom(data):
+    check_scan(data, 'scan.dcm')
+
+
+@needs_scans
+@SETTINGS
+@hypothesis.given(damaged(list(NIFTI.values())))
+def test_damaged_nifti(data):
+    check_scan(data, 'scan.nii')
+
+
 @pytest.mark.parametrize('data', IMAGES, ids=seeds.image_files())
 def test_image_to_damage_is_whole(data):
     assert sorted(images.decode_image(data).shape) == [20, 24]
@@ -98,3 +141,11 @@ def test_weights_to_damage_are_whole(data, path):
     path.write_bytes(data)
     variables, _ = pretrained.load_pretrained(path, seeds.VARIABLES)
     assert all((array == 1).all() for array in seeds.flatten(variables).values())
+
+
+@needs_scans
+@pytest.mark.parametrize('name', DICOM | NIFTI)
+def test_scan_to_damage_is_whole(name):
+    found = scans.decode_slices((DICOM | NIFTI)[name], name=name, slices='all')
+    assert len(found) == (3 if name in ('frames.dcm', 'runs.dcm', *NIFTI) else 1)
+    assert all(grey.shape == (12, 10) and len(np.unique(grey)) > 60 for _, grey in found)

@@ -23,6 +23,7 @@ warnings.filterwarnings('ignore', module=_READERS_PATTERN)
 for _reader in _READERS:
     logging.getLogger(_reader).addHandler(logging.NullHandler())
     logging.getLogger(_reader).propagate = False  # pydicom logs what it warns of, and the errors of its decoders
+logging.getLogger('nibabel.global').setLevel(logging.CRITICAL + 1)  # has a handler of its own, which prints
 
 
 def read_slices(path, *, plane='axial', slices='middle'):
