@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import http.client
 import importlib
 import io
@@ -23,6 +24,7 @@ import zlib
 
 import numpy as np
 import pytest
+from test_network import FORBID
 
 from brain_jax import train
 from brain_jax.data import images
@@ -69,12 +71,16 @@ def heads(data):
     return sorted(pathlib.Path(data['data_dir']).glob('Testing/*/*.png'))
 
 
-@pytest.fixture(scope='module')
-def server(workdir, tmp_path_factory):
-    """The address of a server; in the end it must stop as it should, and leave no file behind."""
+@contextlib.contextmanager
+def serving(workdir, tmp_path_factory, *flags):
+    """Starts a server that may reach its own machine only, and yields its address once it is ready.
+
+    In the end it must stop as it should, and leave no file behind.
+    """
     folder, home = tmp_path_factory.mktemp('temporary'), tmp_path_factory.mktemp('home')
     environment = os.environ | {'PYTHONPATH': str(ROOT), 'TMPDIR': str(folder), 'HOME': str(home)}
-    command = [sys.executable, ROOT / 'scripts/serve.py', '--workdir', workdir, '--port', '0', '--wanted_error', '0.5']
+    command = [sys.executable, '-c', FORBID, 'loopback', 'script', ROOT / 'scripts/serve.py', '--workdir', workdir]
+    command += ['--port', '0', '--wanted_error', '0.5', *flags]
     pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
     with subprocess.Popen(command, cwd=folder, env=environment, **pipes) as process:
         try:
@@ -89,6 +95,12 @@ def server(workdir, tmp_path_factory):
     assert process.returncode == 0, log
     assert 'Traceback' not in log
     assert list(folder.iterdir()) == []
+
+
+@pytest.fixture(scope='module')
+def server(workdir, tmp_path_factory):
+    with serving(workdir, tmp_path_factory) as address:
+        yield address
 
 
 def wait_until(is_so, seconds=60):
