@@ -287,12 +287,48 @@ def test_too_much_is_refused_while_it_comes(server):
     assert service.MAX_BYTES <= sent + 2**20 <= service.MAX_BYTES + 2**26  # what the system holds in between
 
 
-def test_port_in_use_and_wrong_folder_are_told(server, tmp_path):
-    port = int(server.rpartition(':')[2])
-    with pytest.raises(web.InputError, match=rf'cannot listen on port {port} of 127\.0\.0\.1: .*; give another --port'):
-        web.serve(tmp_path, port=port, wanted_error=0.5)
-    with pytest.raises(web.InputError, match=r'there is no run\.json in it'):
-        web.serve(tmp_path, port=0, wanted_error=0.5)
+# Calls scripts/serve.py with several lists of flags, each in a process of its own; what all import is imported once.
+CALL_EACH = """if True:
+    import json, os, runpy, sys
+    from absl import app
+    main = runpy.run_path(sys.argv[1])['main']
+    import brain_jax.serving.web
+    started = []
+    for log, flags in json.loads(sys.argv[2]):
+        process = os.fork()
+        if not process:
+            os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY), 2)
+            app.run(main, ['serve.py', *flags])
+        started.append(process)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in started]))
+"""
+
+
+def test_what_is_wrong_is_told_in_one_line(workdir, tmp_path):
+    (tmp_path / 'empty').mkdir()
+    shutil.copytree(workdir, tmp_path / 'new', ignore=shutil.ignore_patterns('calibration.json'))
+    with socket.create_server(('127.0.0.1', 0)) as listener:
+        port = listener.getsockname()[1]
+        cases = [
+            (['--workdir', tmp_path / 'nowhere'], r'.*/nowhere .*'),
+            (['--workdir', tmp_path / 'empty'], r'.*/empty .*no run\.json in it.*'),
+            (['--workdir', tmp_path / 'new'], r'.*/new was not evaluated yet.*: run scripts/evaluate\.py --workdir .*'),
+            (['--port', port], rf'cannot listen on port {port} of 127\.0\.0\.1: .*; give another --port or --host'),
+            (['--host', '192.0.2.1'], r'cannot listen on port 0 of 192\.0\.2\.1: .*'),  # an address that is nobody's
+            (['--host', 'a..b'], r'cannot listen on port 0 of a\.\.b: .*'),
+            (['--runtime', 'onnxruntime'], r'onnxruntime serves .*/exports/model\.onnx .* not there: run scripts/.*'),
+            (['--wanted_error', 0.3], r'wanted_error is 0\.3: scripts/evaluate\.py looked for 0\.05, 0\.5; use .*'),
+        ]
+        calls = [
+            (str(tmp_path / f'{i}.log'), ['--workdir', str(workdir), '--port', '0', *map(str, flags)])
+            for i, (flags, _) in enumerate(cases)
+        ]
+        command = [sys.executable, '-c', CALL_EACH, ROOT / 'scripts/serve.py', json.dumps(calls)]
+        environment = os.environ | {'PYTHONPATH': str(ROOT)}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert json.loads(done.stdout) == [1] * len(cases), done.stderr
+    for (log, _), (_, message) in zip(calls, cases, strict=True):
+        assert re.fullmatch(f'error: {message}\n', pathlib.Path(log).read_text())
 
 
 # The gate and the queue, by themselves.
