@@ -1,6 +1,7 @@
 """The server of a run, from outside: requests that it answers and refuses, and its page in a real browser."""
 
 import asyncio
+import collections
 import concurrent.futures
 import contextlib
 import http.client
@@ -29,7 +30,7 @@ from test_network import FORBID
 from brain_jax import train
 from brain_jax.data import images
 from brain_jax.evaluation import evaluate
-from brain_jax.serving import predictor
+from brain_jax.serving import answers, predictor
 
 httpx = pytest.importorskip('httpx')
 nibabel = pytest.importorskip('nibabel')
@@ -161,6 +162,21 @@ def test_several_files_of_which_one_is_broken(server, heads):
     assert len(first['images']) == 1 and second['images'] == [] and 'cannot be decoded' in second['error']
     assert len({image['slice'] for image in third['images']}) == 3
     assert all(image['slice'].startswith('coronal') for image in third['images'])
+    assert first['combined'] is None and second['combined'] is None
+
+
+@pytest.mark.parametrize('slices', ['3', 'all', 'middle'])
+def test_a_volume_is_answered_as_by_the_command_line(server, loaded, tmp_path, slices):
+    (tmp_path / 'volume.nii').write_bytes(make_volume())
+    form = {'files': as_files(make_volume()), 'data': {'plane': 'coronal', 'slices': slices}}
+    (found,) = httpx.post(f'{server}/api/predict', **form).json()['answers']
+    slices = int(slices) if slices.isdecimal() else slices
+    (answer,) = answers.answer_files(loaded, [str(tmp_path / 'volume.nii')], plane='coronal', slices=slices)
+    assert [image['slice'] for image in found['images']] == [name for name, _ in answer.slices]
+    combined, expected = found['combined'], answer.prediction
+    assert combined['predicted'] == expected.predicted and combined['reason'] == expected.reason
+    np.testing.assert_allclose(list(combined['probabilities'].values()), expected.probabilities, atol=1e-5)
+    assert combined['out_of_distribution'] == pytest.approx(expected.out_of_distribution, rel=1e-3)
 
 
 def test_nothing_of_a_patient_is_in_an_answer(server, tmp_path):
@@ -184,6 +200,9 @@ def test_description_and_metrics(server, heads):
     assert 'multipart/form-data' in operation['requestBody']['content']
     assert {'200', '401', '408', '413', '415', '422', '503'} <= set(operation['responses'])
     assert set(description['paths']) == {'/api/predict', '/healthz', '/metrics'}
+    schemas = description['components']['schemas']
+    assert set(schemas['FileAnswer']['required']) == {'file', 'images', 'combined', 'error'}
+    assert set(schemas['ImageAnswer']['required']) == {'slice', *schemas['Answer']['required']}
     before = read_metrics(server)
     assert httpx.post(f'{server}/api/predict', files=as_files(heads[0].read_bytes())).status_code == 200
     assert httpx.post(f'{server}/api/predict', files=as_files(b'')).status_code == 422
@@ -566,6 +585,12 @@ def choose(page, name, content):
     page.set_input_files('.drop input', {'name': name, 'mimeType': '', 'buffer': content})
 
 
+def read_bars(page, element):
+    """Returns the percentages that an answer shows."""
+    found = page.locator(f'{element} table.bars .number').all_inner_texts()
+    return [text.replace('\xa0', ' ') for text in found]
+
+
 def check_width(page, width):
     """Checks that at a width nothing lies beyond the right edge, and that the notice is in sight."""
     page.set_viewport_size({'width': width, 'height': 900})
@@ -585,8 +610,7 @@ def test_a_picture_is_answered_and_explained(page, loaded, heads):
     choose(page, 'head.png', heads[0].read_bytes())
     page.wait_for_selector('.verdict')
     (prediction,) = loaded.predict([images.read_image(heads[0])])
-    shown = [text.replace('\xa0', ' ') for text in page.locator('table.bars .number').all_inner_texts()]
-    assert shown == [f'{100 * p:.1f} %' for p in prediction.probabilities]
+    assert read_bars(page, '#words') == [f'{100 * p:.1f} %' for p in prediction.probabilities]
     assert prediction.predicted in page.inner_text('.verdict')
     assert page.evaluate('[...document.images].every(image => image.naturalWidth)')
     assert page.locator('.pictures img').count() == 3
@@ -624,6 +648,32 @@ def test_a_volume_has_slices_and_planes(page, server):
     page.wait_for_selector('#words h2:has-text("sagittal")')
 
 
+def test_all_slices_answer_together_when_they_are_asked(page, server, loaded, tmp_path):
+    (tmp_path / 'volume.nii').write_bytes(make_volume())
+    (expected,) = answers.answer_files(loaded, [str(tmp_path / 'volume.nii')], slices=64)
+    computed = lambda: read_metrics(server)['brain_jax_batch_size_sum']  # noqa: E731
+    before = computed()
+    choose(page, 'volume.nii', make_volume())
+    page.wait_for_selector('#slice input[type=range]')
+    assert computed() == before + 1 and not page.is_visible('#scan')
+    page.locator('#slice input[type=range]').focus()
+    page.keyboard.press('Tab')
+    assert page.evaluate('document.activeElement.textContent.trim()') == 'Answer of the whole scan'
+    page.keyboard.press('Enter')
+    page.wait_for_selector('#scan .verdict')
+    assert computed() == before + 1 + len(expected.slices)
+    assert read_bars(page, '#scan') == [f'{100 * p:.1f} %' for p in expected.prediction.probabilities]
+    assert expected.prediction.predicted in page.inner_text('#scan .verdict')
+    votes = collections.Counter(prediction.predicted for _, prediction in expected.slices)
+    for name, count in votes.items():
+        assert f'{count} for {name}' in page.inner_text('#scan')
+    for width in (400, 700, 1000, 1600):
+        check_width(page, width)
+    page.get_by_label('sagittal').check()
+    page.wait_for_selector('#words h2:has-text("sagittal")')
+    assert not page.is_visible('#scan')  # it was of the other plane
+
+
 def test_the_keyboard_is_enough(page, heads):
     page.keyboard.press('Tab')
     assert page.evaluate('document.activeElement.matches(".drop input")')
@@ -645,10 +695,11 @@ def test_the_keyboard_is_enough(page, heads):
     wait_until(lambda: float(page.evaluate(opacity)) > 0.7, seconds=5)
 
 
-def test_nothing_serious_keeps_people_out(page, heads):
+def test_nothing_serious_keeps_people_out(page):
     axe = pytest.importorskip('axe_playwright_python.sync_playwright')
-    choose(page, 'head.png', heads[0].read_bytes())
-    page.wait_for_selector('.verdict')
+    choose(page, 'volume.nii', make_volume())
+    page.locator('#whole').click()
+    page.wait_for_selector('#scan .verdict')
     page.locator('#card button').click()
     found = axe.Axe().run(page).response['violations']
     assert [(each['id'], each['nodes'][0]['html']) for each in found if each['impact'] in ('serious', 'critical')] == []
