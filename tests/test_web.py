@@ -562,10 +562,10 @@ def browser():
         chromium.close()
 
 
-@pytest.fixture
-def page(browser, server):
-    """The page of the server; in the end its console must be empty, and nothing asked for from elsewhere."""
-    context = browser.new_context(viewport={'width': 1600, 'height': 1000}, reduced_motion='reduce')
+@contextlib.contextmanager
+def opening(browser, server, **options):
+    """Opens the page of a server; in the end its console must be empty, and nothing asked for from elsewhere."""
+    context = browser.new_context(viewport={'width': 1600, 'height': 1000}, reduced_motion='reduce', **options)
     opened, problems, addresses = context.new_page(), [], []
     opened.on(
         'console', lambda message: problems.append(message.text) if message.type in ('error', 'warning') else None
@@ -578,6 +578,13 @@ def page(browser, server):
     context.close()
     assert problems == []
     assert addresses and all(address.startswith((server, 'data:', 'blob:')) for address in addresses)
+
+
+@pytest.fixture
+def page(browser, server):
+    """The page of the server, which drops what it holds when it is closed."""
+    with opening(browser, server) as opened:
+        yield opened
     wait_until(lambda: read_metrics(server)['brain_jax_held_files'] == 0)
 
 
@@ -672,6 +679,19 @@ def test_all_slices_answer_together_when_they_are_asked(page, server, loaded, tm
     page.get_by_label('sagittal').check()
     page.wait_for_selector('#words h2:has-text("sagittal")')
     assert not page.is_visible('#scan')  # it was of the other plane
+
+
+def test_the_token_opens_the_page(browser, workdir, heads, tmp_path_factory):
+    with serving(workdir, tmp_path_factory, '--token', 'sesame') as server:
+        assert httpx.get(server).status_code == httpx.get(server, auth=('any', 'wrong')).status_code == 401
+        statuses = {}
+        with opening(browser, server, http_credentials={'username': 'any', 'password': 'sesame'}) as page:
+            page.on('response', lambda response: statuses.update({response.url: response.status}))
+            choose(page, 'head.png', heads[0].read_bytes())
+            page.wait_for_selector('.verdict')
+        paths = {url.removeprefix(server).partition('?')[0] for url, status in statuses.items() if status == 200}
+        assert {'/page/upload', '/gradio_api/queue/join', '/gradio_api/queue/data'} <= paths
+        assert set(statuses.values()) == {200}
 
 
 def test_the_keyboard_is_enough(page, heads):
