@@ -63,14 +63,7 @@ def load_run(workdir, data_dir=None, groups=None, *, images=None, pooled=None):
     workdir = pathlib.Path(workdir)
     run, summary = run_folder.read_finished_run(workdir)
     config, model = read_network(workdir, run)
-    config.data_dir = data_dir or config.data_dir
-    config.groups = config.groups if groups is None else groups
-    dataset = pipeline.split_images(images or train.load_images(config, workdir), config)
-    if list(dataset.class_names) != run['class_names']:
-        raise InputError(
-            f'{config.data_dir} has the classes {", ".join(dataset.class_names)}, but the run in {workdir} knows '
-            f'{", ".join(run["class_names"])}'
-        )
+    dataset = load_dataset(workdir, config, run['class_names'], data_dir, groups, images)
     mesh = parallel.make_mesh()
     variables = load_variables(workdir, config, model, mesh, summary['best_step'])
     return Run(
@@ -86,6 +79,32 @@ def load_run(workdir, data_dir=None, groups=None, *, images=None, pooled=None):
         step=summary['best_step'],
         checkpoint_sha256=checkpoints.content_hash([variables['params'], variables['batch_stats']]),
     )
+
+
+def load_dataset(workdir, config, class_names, data_dir=None, groups=None, images=None):
+    """Loads the images of a run, and splits them as it did.
+
+    Args:
+      workdir: pathlib.Path, the run's folder.
+      config: its configuration; `data_dir` and `groups` in it are set to what is given.
+      class_names: of its classes.
+      data_dir, groups, images: see `load_run`.
+
+    Returns:
+      A `pipeline.Dataset`.
+
+    Raises:
+      InputError: where the data cannot be read, or has other classes.
+    """
+    config.data_dir = data_dir or config.data_dir
+    config.groups = config.groups if groups is None else groups
+    dataset = pipeline.split_images(images or train.load_images(config, workdir), config)
+    if list(dataset.class_names) != list(class_names):
+        raise InputError(
+            f'{config.data_dir} has the classes {", ".join(dataset.class_names)}, but the run in {workdir} knows '
+            f'{", ".join(class_names)}'
+        )
+    return dataset
 
 
 def read_network(workdir, run):

@@ -1,7 +1,9 @@
 """The server of a run, from outside: requests that it answers and refuses, and its page in a real browser."""
 
 import asyncio
+import collections
 import concurrent.futures
+import contextlib
 import http.client
 import importlib
 import io
@@ -23,11 +25,12 @@ import zlib
 
 import numpy as np
 import pytest
+from test_network import FORBID
 
 from brain_jax import train
 from brain_jax.data import images
 from brain_jax.evaluation import evaluate
-from brain_jax.serving import predictor
+from brain_jax.serving import answers, predictor
 
 httpx = pytest.importorskip('httpx')
 nibabel = pytest.importorskip('nibabel')
@@ -69,12 +72,16 @@ def heads(data):
     return sorted(pathlib.Path(data['data_dir']).glob('Testing/*/*.png'))
 
 
-@pytest.fixture(scope='module')
-def server(workdir, tmp_path_factory):
-    """The address of a server; in the end it must stop as it should, and leave no file behind."""
+@contextlib.contextmanager
+def serving(workdir, tmp_path_factory, *flags):
+    """Starts a server that may reach its own machine only, and yields its address once it is ready.
+
+    In the end it must stop as it should, and leave no file behind.
+    """
     folder, home = tmp_path_factory.mktemp('temporary'), tmp_path_factory.mktemp('home')
     environment = os.environ | {'PYTHONPATH': str(ROOT), 'TMPDIR': str(folder), 'HOME': str(home)}
-    command = [sys.executable, ROOT / 'scripts/serve.py', '--workdir', workdir, '--port', '0', '--wanted_error', '0.5']
+    command = [sys.executable, '-c', FORBID, 'loopback', 'script', ROOT / 'scripts/serve.py', '--workdir', workdir]
+    command += ['--port', '0', '--wanted_error', '0.5', *flags]
     pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
     with subprocess.Popen(command, cwd=folder, env=environment, **pipes) as process:
         try:
@@ -89,6 +96,12 @@ def server(workdir, tmp_path_factory):
     assert process.returncode == 0, log
     assert 'Traceback' not in log
     assert list(folder.iterdir()) == []
+
+
+@pytest.fixture(scope='module')
+def server(workdir, tmp_path_factory):
+    with serving(workdir, tmp_path_factory) as address:
+        yield address
 
 
 def wait_until(is_so, seconds=60):
@@ -149,6 +162,21 @@ def test_several_files_of_which_one_is_broken(server, heads):
     assert len(first['images']) == 1 and second['images'] == [] and 'cannot be decoded' in second['error']
     assert len({image['slice'] for image in third['images']}) == 3
     assert all(image['slice'].startswith('coronal') for image in third['images'])
+    assert first['combined'] is None and second['combined'] is None
+
+
+@pytest.mark.parametrize('slices', ['3', 'all', 'middle'])
+def test_a_volume_is_answered_as_by_the_command_line(server, loaded, tmp_path, slices):
+    (tmp_path / 'volume.nii').write_bytes(make_volume())
+    form = {'files': as_files(make_volume()), 'data': {'plane': 'coronal', 'slices': slices}}
+    (found,) = httpx.post(f'{server}/api/predict', **form).json()['answers']
+    slices = int(slices) if slices.isdecimal() else slices
+    (answer,) = answers.answer_files(loaded, [str(tmp_path / 'volume.nii')], plane='coronal', slices=slices)
+    assert [image['slice'] for image in found['images']] == [name for name, _ in answer.slices]
+    combined, expected = found['combined'], answer.prediction
+    assert combined['predicted'] == expected.predicted and combined['reason'] == expected.reason
+    np.testing.assert_allclose(list(combined['probabilities'].values()), expected.probabilities, atol=1e-5)
+    assert combined['out_of_distribution'] == pytest.approx(expected.out_of_distribution, rel=1e-3)
 
 
 def test_nothing_of_a_patient_is_in_an_answer(server, tmp_path):
@@ -172,6 +200,9 @@ def test_description_and_metrics(server, heads):
     assert 'multipart/form-data' in operation['requestBody']['content']
     assert {'200', '401', '408', '413', '415', '422', '503'} <= set(operation['responses'])
     assert set(description['paths']) == {'/api/predict', '/healthz', '/metrics'}
+    schemas = description['components']['schemas']
+    assert set(schemas['FileAnswer']['required']) == {'file', 'images', 'combined', 'error'}
+    assert set(schemas['ImageAnswer']['required']) == {'slice', *schemas['Answer']['required']}
     before = read_metrics(server)
     assert httpx.post(f'{server}/api/predict', files=as_files(heads[0].read_bytes())).status_code == 200
     assert httpx.post(f'{server}/api/predict', files=as_files(b'')).status_code == 422
@@ -275,12 +306,48 @@ def test_too_much_is_refused_while_it_comes(server):
     assert service.MAX_BYTES <= sent + 2**20 <= service.MAX_BYTES + 2**26  # what the system holds in between
 
 
-def test_port_in_use_and_wrong_folder_are_told(server, tmp_path):
-    port = int(server.rpartition(':')[2])
-    with pytest.raises(web.InputError, match=rf'cannot listen on port {port} of 127\.0\.0\.1: .*; give another --port'):
-        web.serve(tmp_path, port=port, wanted_error=0.5)
-    with pytest.raises(web.InputError, match=r'there is no run\.json in it'):
-        web.serve(tmp_path, port=0, wanted_error=0.5)
+# Calls scripts/serve.py with several lists of flags, each in a process of its own; what all import is imported once.
+CALL_EACH = """if True:
+    import json, os, runpy, sys
+    from absl import app
+    main = runpy.run_path(sys.argv[1])['main']
+    import brain_jax.serving.web
+    started = []
+    for log, flags in json.loads(sys.argv[2]):
+        process = os.fork()
+        if not process:
+            os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY), 2)
+            app.run(main, ['serve.py', *flags])
+        started.append(process)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in started]))
+"""
+
+
+def test_what_is_wrong_is_told_in_one_line(workdir, tmp_path):
+    (tmp_path / 'empty').mkdir()
+    shutil.copytree(workdir, tmp_path / 'new', ignore=shutil.ignore_patterns('calibration.json'))
+    with socket.create_server(('127.0.0.1', 0)) as listener:
+        port = listener.getsockname()[1]
+        cases = [
+            (['--workdir', tmp_path / 'nowhere'], r'.*/nowhere .*'),
+            (['--workdir', tmp_path / 'empty'], r'.*/empty .*no run\.json in it.*'),
+            (['--workdir', tmp_path / 'new'], r'.*/new was not evaluated yet.*: run scripts/evaluate\.py --workdir .*'),
+            (['--port', port], rf'cannot listen on port {port} of 127\.0\.0\.1: .*; give another --port or --host'),
+            (['--host', '192.0.2.1'], r'cannot listen on port 0 of 192\.0\.2\.1: .*'),  # an address that is nobody's
+            (['--host', 'a..b'], r'cannot listen on port 0 of a\.\.b: .*'),
+            (['--runtime', 'onnxruntime'], r'onnxruntime serves .*/exports/model\.onnx .* not there: run scripts/.*'),
+            (['--wanted_error', 0.3], r'wanted_error is 0\.3: scripts/evaluate\.py looked for 0\.05, 0\.5; use .*'),
+        ]
+        calls = [
+            (str(tmp_path / f'{i}.log'), ['--workdir', str(workdir), '--port', '0', *map(str, flags)])
+            for i, (flags, _) in enumerate(cases)
+        ]
+        command = [sys.executable, '-c', CALL_EACH, ROOT / 'scripts/serve.py', json.dumps(calls)]
+        environment = os.environ | {'PYTHONPATH': str(ROOT)}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert json.loads(done.stdout) == [1] * len(cases), done.stderr
+    for (log, _), (_, message) in zip(calls, cases, strict=True):
+        assert re.fullmatch(f'error: {message}\n', pathlib.Path(log).read_text())
 
 
 # The gate and the queue, by themselves.
@@ -495,10 +562,10 @@ def browser():
         chromium.close()
 
 
-@pytest.fixture
-def page(browser, server):
-    """The page of the server; in the end its console must be empty, and nothing asked for from elsewhere."""
-    context = browser.new_context(viewport={'width': 1600, 'height': 1000}, reduced_motion='reduce')
+@contextlib.contextmanager
+def opening(browser, server, **options):
+    """Opens the page of a server; in the end its console must be empty, and nothing asked for from elsewhere."""
+    context = browser.new_context(viewport={'width': 1600, 'height': 1000}, reduced_motion='reduce', **options)
     opened, problems, addresses = context.new_page(), [], []
     opened.on(
         'console', lambda message: problems.append(message.text) if message.type in ('error', 'warning') else None
@@ -511,11 +578,24 @@ def page(browser, server):
     context.close()
     assert problems == []
     assert addresses and all(address.startswith((server, 'data:', 'blob:')) for address in addresses)
+
+
+@pytest.fixture
+def page(browser, server):
+    """The page of the server, which drops what it holds when it is closed."""
+    with opening(browser, server) as opened:
+        yield opened
     wait_until(lambda: read_metrics(server)['brain_jax_held_files'] == 0)
 
 
 def choose(page, name, content):
     page.set_input_files('.drop input', {'name': name, 'mimeType': '', 'buffer': content})
+
+
+def read_bars(page, element):
+    """Returns the percentages that an answer shows."""
+    found = page.locator(f'{element} table.bars .number').all_inner_texts()
+    return [text.replace('\xa0', ' ') for text in found]
 
 
 def check_width(page, width):
@@ -537,8 +617,7 @@ def test_a_picture_is_answered_and_explained(page, loaded, heads):
     choose(page, 'head.png', heads[0].read_bytes())
     page.wait_for_selector('.verdict')
     (prediction,) = loaded.predict([images.read_image(heads[0])])
-    shown = [text.replace('\xa0', ' ') for text in page.locator('table.bars .number').all_inner_texts()]
-    assert shown == [f'{100 * p:.1f} %' for p in prediction.probabilities]
+    assert read_bars(page, '#words') == [f'{100 * p:.1f} %' for p in prediction.probabilities]
     assert prediction.predicted in page.inner_text('.verdict')
     assert page.evaluate('[...document.images].every(image => image.naturalWidth)')
     assert page.locator('.pictures img').count() == 3
@@ -576,6 +655,45 @@ def test_a_volume_has_slices_and_planes(page, server):
     page.wait_for_selector('#words h2:has-text("sagittal")')
 
 
+def test_all_slices_answer_together_when_they_are_asked(page, server, loaded, tmp_path):
+    (tmp_path / 'volume.nii').write_bytes(make_volume())
+    (expected,) = answers.answer_files(loaded, [str(tmp_path / 'volume.nii')], slices=64)
+    computed = lambda: read_metrics(server)['brain_jax_batch_size_sum']  # noqa: E731
+    before = computed()
+    choose(page, 'volume.nii', make_volume())
+    page.wait_for_selector('#slice input[type=range]')
+    assert computed() == before + 1 and not page.is_visible('#scan')
+    page.locator('#slice input[type=range]').focus()
+    page.keyboard.press('Tab')
+    assert page.evaluate('document.activeElement.textContent.trim()') == 'Answer of the whole scan'
+    page.keyboard.press('Enter')
+    page.wait_for_selector('#scan .verdict')
+    assert computed() == before + 1 + len(expected.slices)
+    assert read_bars(page, '#scan') == [f'{100 * p:.1f} %' for p in expected.prediction.probabilities]
+    assert expected.prediction.predicted in page.inner_text('#scan .verdict')
+    votes = collections.Counter(prediction.predicted for _, prediction in expected.slices)
+    for name, count in votes.items():
+        assert f'{count} for {name}' in page.inner_text('#scan')
+    for width in (400, 700, 1000, 1600):
+        check_width(page, width)
+    page.get_by_label('sagittal').check()
+    page.wait_for_selector('#words h2:has-text("sagittal")')
+    assert not page.is_visible('#scan')  # it was of the other plane
+
+
+def test_the_token_opens_the_page(browser, workdir, heads, tmp_path_factory):
+    with serving(workdir, tmp_path_factory, '--token', 'sesame') as server:
+        assert httpx.get(server).status_code == httpx.get(server, auth=('any', 'wrong')).status_code == 401
+        statuses = {}
+        with opening(browser, server, http_credentials={'username': 'any', 'password': 'sesame'}) as page:
+            page.on('response', lambda response: statuses.update({response.url: response.status}))
+            choose(page, 'head.png', heads[0].read_bytes())
+            page.wait_for_selector('.verdict')
+        paths = {url.removeprefix(server).partition('?')[0] for url, status in statuses.items() if status == 200}
+        assert {'/page/upload', '/gradio_api/queue/join', '/gradio_api/queue/data'} <= paths
+        assert set(statuses.values()) == {200}
+
+
 def test_the_keyboard_is_enough(page, heads):
     page.keyboard.press('Tab')
     assert page.evaluate('document.activeElement.matches(".drop input")')
@@ -597,10 +715,11 @@ def test_the_keyboard_is_enough(page, heads):
     wait_until(lambda: float(page.evaluate(opacity)) > 0.7, seconds=5)
 
 
-def test_nothing_serious_keeps_people_out(page, heads):
+def test_nothing_serious_keeps_people_out(page):
     axe = pytest.importorskip('axe_playwright_python.sync_playwright')
-    choose(page, 'head.png', heads[0].read_bytes())
-    page.wait_for_selector('.verdict')
+    choose(page, 'volume.nii', make_volume())
+    page.locator('#whole').click()
+    page.wait_for_selector('#scan .verdict')
     page.locator('#card button').click()
     found = axe.Axe().run(page).response['violations']
     assert [(each['id'], each['nodes'][0]['html']) for each in found if each['impact'] in ('serious', 'critical')] == []

@@ -10,17 +10,16 @@ from fastapi import exceptions, responses, security
 
 from brain_jax import InputError, __version__
 from brain_jax.data import scans
-from brain_jax.serving import gate, service
+from brain_jax.serving import answers, gate, service
 
 NOTICE = 'This is not a medical device. It must not be used to diagnose, to treat, or to sort patients.'
 _SLICES = r'^(all|middle|[1-9][0-9]{0,3})$'
 _BEARER = security.HTTPBearer(auto_error=False, description='Where the server was started with a token.')
 
 
-class ImageAnswer(pydantic.BaseModel):
-    """The answer to a picture, or to a slice of a scan."""
+class Answer(pydantic.BaseModel):
+    """What the network says."""
 
-    slice: str = pydantic.Field(description='Which of a scan: its plane and number, or its frame. Empty for a picture.')
     predicted: str = pydantic.Field(description='The most probable class, also where the network abstains.')
     probabilities: dict[str, float] = pydantic.Field(description='By class, calibrated; they add up to 1.')
     abstain: bool = pydantic.Field(description='Whether the answer should not be relied on.')
@@ -31,11 +30,20 @@ class ImageAnswer(pydantic.BaseModel):
     )
 
 
+class ImageAnswer(Answer):
+    """The answer to a picture, or to a slice of a scan."""
+
+    slice: str = pydantic.Field(description='Which of a scan: its plane and number, or its frame. Empty for a picture.')
+
+
 class FileAnswer(pydantic.BaseModel):
     """The answers to a file, or why there are none."""
 
     file: int = pydantic.Field(description='Its place in the request, from 0.')
     images: list[ImageAnswer] = pydantic.Field(description='One for a picture, one for each slice of a scan.')
+    combined: Answer | None = pydantic.Field(
+        description='What the slices of a scan say together, as scripts/predict.py has it. None for a picture.'
+    )
     error: str | None = pydantic.Field(description='Why the file cannot be used.')
 
 
@@ -123,14 +131,11 @@ def add_predict(app, served):
         if len(pictures) > service.MAX_IMAGES:
             raise fastapi.HTTPException(413, f'{len(pictures)} slices; ask for at most {service.MAX_IMAGES} at a time')
         try:
-            found = iter(await served.answer(pictures))
+            found = await served.answer(pictures)
         except service.Busy as error:
             raise gate.busy(str(error)) from None
-        answers = [
-            FileAnswer(file=i, images=[_describe(served, name, next(found)) for name, _ in found_slices], error=error)
-            for i, (found_slices, error) in enumerate(decoded)
-        ]
-        return Answers(answers=answers, hashes=served.hashes, notice=NOTICE)
+        described = _describe_files(served.predictor, decoded, found)
+        return Answers(answers=described, hashes=served.hashes, notice=NOTICE)
 
 
 async def _decode(served, file, plane, slices):
@@ -143,17 +148,31 @@ async def _decode(served, file, plane, slices):
         return [], str(error)
 
 
-def _describe(served, name, answer):
-    """Returns the `ImageAnswer` for a `batching.Answer`."""
-    prediction = answer.prediction
-    return ImageAnswer(
-        slice=name,
-        predicted=prediction.predicted,
-        probabilities=dict(zip(served.predictor.class_names, prediction.probabilities.tolist(), strict=True)),
-        abstain=prediction.abstain,
-        reason=prediction.reason,
-        out_of_distribution=prediction.out_of_distribution,
-    )
+def _describe_files(predictor, decoded, found):
+    """Returns a `FileAnswer` for each file that `_decode` saw; of all their slices there is a `batching.Answer`."""
+    described, found = [], iter(found)
+    for number, (slices, error) in enumerate(decoded):
+        names = [name for name, _ in slices]
+        predictions = [next(found).prediction for _ in names]
+        combined = answers.combine(predictor, predictions) if any(names) else None
+        described.append(
+            FileAnswer(
+                file=number,
+                images=[
+                    ImageAnswer(slice=name, **_fields(predictor, prediction))
+                    for name, prediction in zip(names, predictions, strict=True)
+                ],
+                combined=Answer(**_fields(predictor, combined)) if combined else None,
+                error=error,
+            )
+        )
+    return described
+
+
+def _fields(predictor, prediction):
+    """Returns the fields of the `Answer` for a `Prediction`."""
+    probabilities = dict(zip(predictor.class_names, prediction.probabilities.tolist(), strict=True))
+    return prediction._asdict() | {'probabilities': probabilities}
 
 
 async def _tell_what_is_wrong(request, error):

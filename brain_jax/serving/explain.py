@@ -249,10 +249,8 @@ def _place(maps, cell, size):
 
 
 def _views(batch, flips):
-    """Returns images, each followed by its mirror image if so wished: it stays on its device."""
-    if not flips:
-        return batch
-    return jnp.stack([batch, batch[:, :, ::-1]], axis=1).reshape(-1, *batch.shape[1:])
+    """Returns images, each followed by its mirror image if so wished."""
+    return train.stack_views(batch, flips).reshape(-1, *batch.shape[1:])
 
 
 def _join_views(maps, flips):

@@ -106,7 +106,8 @@ def export_run(workdir, form, output=None, *, data_dir=None, groups=None):
     output = pathlib.Path(output or workdir / f'exports/model{SUFFIXES[form]}')
     check_output(output, form)
     network = load_network(workdir)
-    images = load_test_images(workdir, data_dir, groups)
+    test = finished_run.load_dataset(workdir, network.config, network.class_names, data_dir, groups).test
+    images = test.batch(np.arange(len(test)))['image']
     expected = runtimes.in_batches(network.make_answer(), images, description='Answers of the run')
     try:
         with files.replacing(output) as temporary:
@@ -151,12 +152,6 @@ def load_network(workdir):
             'weights_sha256': loaded.run['weights_sha256'],
         },
     )
-
-
-def load_test_images(workdir, data_dir=None, groups=None):
-    """Returns the test images of a run as its network sees them, uint8 [n, image_size, image_size]."""
-    test = finished_run.load_run(workdir, data_dir, groups).dataset.test
-    return test.batch(np.arange(len(test)))['image']
 
 
 def describe(network, form):

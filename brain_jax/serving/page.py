@@ -3,6 +3,7 @@
 import asyncio
 import atexit
 import base64
+import collections
 import html
 import json
 import os
@@ -23,7 +24,7 @@ from starlette.middleware.cors import CORSMiddleware
 from brain_jax import InputError
 from brain_jax.data import images, scans
 from brain_jax.evaluation import wording
-from brain_jax.serving import api, explain, gate, service, uploads
+from brain_jax.serving import answers, api, explain, gate, service, uploads
 
 atexit.register(shutil.rmtree, os.environ['GRADIO_TEMP_DIR'], ignore_errors=True)
 
@@ -94,45 +95,53 @@ def create_blocks(served, held):
                 )
                 plane = gr.Radio(list(scans.PLANES), value='axial', label='Plane', visible=False, elem_id='plane')
                 slice_ = gr.Slider(1, 2, 1, step=1, label='Slice', visible=False, elem_id='slice')
+                whole = gr.Button('Answer of the whole scan', visible=False, elem_id='whole')
                 gr.HTML(_scores(served), elem_id='scores')
             with gr.Column(scale=5, min_width=320, elem_id='answer'):
-                answer = gr.HTML(_nothing_yet(), elem_id='words')
+                with gr.Row(elem_id='answers'):
+                    answer = gr.HTML(_nothing_yet(), elem_id='words')
+                    scan = gr.HTML(visible=False, elem_id='scan')
                 pictures = gr.HTML(elem_id='pictures')
                 opacity = gr.Slider(
                     0, 100, _OPACITY, step=5, label='Opacity of the explanation (%)', visible=False, elem_id='opacity'
                 )
         with gr.Accordion('Model card of this run', open=False, elem_id='card'):
             gr.Markdown(_card(served), sanitize_html=True)
-        _connect(blocks, served, held, (chosen, plane, slice_, answer, pictures, opacity))
+        _connect(blocks, served, held, (chosen, plane, slice_, whole, answer, scan, pictures, opacity))
     # Where more wait than can be answered, Gradio tells so; events of one page wait for one another.
     return blocks.queue(max_size=gate.MAX_UPLOADS, default_concurrency_limit=service.MAX_FILES, api_open=False)
 
 
 def _connect(blocks, served, held, components):
     """Tells Gradio what happens when."""
-    chosen, plane, slice_, answer, pictures, opacity = components
+    chosen, plane, slice_, whole, answer, scan, pictures, opacity = components
     owned = {}  # the file that each open page holds, by Gradio's name of the page
 
     async def show_file(name, request: gr.Request):
         held.drop(owned.pop(request.session_hash, None))
         if name:
             owned[request.session_hash] = name
-        return await show(served, held, name, 'axial', None)
+        return *await show(served, held, name, 'axial', None), gr.update(visible=False)
 
     async def show_slice(name, plane, number):
         return await show(served, held, name, plane, number)
 
     async def show_plane(name, plane):
-        return await show(served, held, name, plane, None)
+        return *await show(served, held, name, plane, None), gr.update(visible=False)
+
+    async def show_whole(name):
+        async for shown in show_scan(served, held, name):
+            yield gr.update(value=shown, visible=True)
 
     def forget(request: gr.Request):
         held.drop(owned.pop(request.session_hash, None))
 
-    outputs = [answer, pictures, opacity, plane, slice_]
-    options = {'outputs': outputs, 'show_progress': 'hidden', 'api_visibility': 'private'}
-    chosen.submit(show_file, [chosen], **options)
-    plane.input(show_plane, [chosen, plane], **options)
-    slice_.input(show_slice, [chosen, plane, slice_], trigger_mode='always_last', **options)
+    outputs = [answer, pictures, opacity, plane, slice_, whole]
+    options = {'show_progress': 'hidden', 'api_visibility': 'private'}
+    asked = whole.click(show_whole, [chosen], scan, **options)
+    chosen.submit(show_file, [chosen], [*outputs, scan], cancels=[asked], **options)
+    plane.input(show_plane, [chosen, plane], [*outputs, scan], cancels=[asked], **options)
+    slice_.input(show_slice, [chosen, plane, slice_], outputs, trigger_mode='always_last', **options)
     set_opacity = "value => document.body.style.setProperty('--opacity', value / 100)"
     opacity.change(None, [opacity], js=set_opacity, api_visibility='private')
     blocks.unload(forget)
@@ -150,11 +159,11 @@ async def show(served, held, name, plane, number):
 
     Returns:
       What the components of `_connect` are set to: the answer in words, the pictures, and whether the opacity, the
-      planes and the slices can be chosen.
+      planes, the slices and the answer of all slices can be chosen.
     """
     hidden = gr.update(visible=False)
     if not name:
-        return _nothing_yet(), '', hidden, hidden, hidden
+        return _nothing_yet(), '', hidden, hidden, hidden, hidden
     try:
         upload = held.get(name)
         if upload.plane != plane:
@@ -167,7 +176,7 @@ async def show(served, held, name, plane, number):
         label, picture = upload.slices[number - 1]
         (found,) = await served.answer([picture], explain=True)
     except (InputError, service.Busy) as error:
-        return _problem(error), '', hidden, hidden, hidden
+        return _problem(error), '', hidden, hidden, hidden, hidden
     is_volume = label.startswith(scans.PLANES)
     if count == 1 and not is_volume:
         held.drop(name)  # there is nothing to come back for
@@ -177,7 +186,29 @@ async def show(served, held, name, plane, number):
         gr.update(visible=True),
         gr.update(visible=is_volume, value=plane),
         gr.update(visible=count > 1, value=number, maximum=max(count, 2), label=f'Slice: {label}'),
+        gr.update(visible=count > 1),
     )
+
+
+async def show_scan(served, held, name):
+    """Answers to all slices of a scan that can be chosen, together.
+
+    Args:
+      served: a `service.Service`.
+      held: `uploads.Uploads`.
+      name: of the file there, which `show` has decoded.
+
+    Yields:
+      What to show: that it takes a while, then the answer in words.
+    """
+    try:
+        pictures = [picture for _, picture in held.get(name).slices]
+        yield f'<h2>Answer</h2><p class="quiet" role="status">Asking about {len(pictures)} slices ...</p>'
+        found = await served.answer(pictures)
+    except (InputError, service.Busy) as error:
+        yield _problem(error)
+    else:
+        yield _whole(served.predictor, [answer.prediction for answer in found])
 
 
 # What the page says. Names of classes come from folders, and errors may quote a file: all of it is escaped.
@@ -219,7 +250,7 @@ def _words(predictor, prediction, label):
     else:
         kind, verdict = 'sure', f'<strong>{best}</strong>, with a probability of {percent}.'
         if prediction.out_of_distribution is None:
-            verdict += ' Nothing tells whether this image is like those that the network learned from.'
+            verdict += ' Nothing tells whether this is like the images that the network learned from.'
     where = f' <span class="quiet">{html.escape(label)}</span>' if label else ''
     rows = zip(predictor.class_names, prediction.probabilities, strict=True)
     bars = ''.join(
@@ -230,6 +261,18 @@ def _words(predictor, prediction, label):
     return (
         f'<h2>Answer{where}</h2><div class="verdict {kind}" role="status">{verdict}</div>'
         f'<table class="bars"><caption>Calibrated probabilities</caption><tbody>{bars}</tbody></table>'
+    )
+
+
+def _whole(predictor, predictions):
+    """Returns what the slices of a scan say together, as `_words` does, and what each says by itself."""
+    counts = collections.Counter(prediction.predicted for prediction in predictions)
+    votes = ', '.join(f'{count} for {html.escape(name)}' for name, count in counts.most_common())
+    unsure = sum(prediction.abstain for prediction in predictions)
+    abstains = f'; it would abstain from {unsure} of them' if unsure else ''
+    return (
+        _words(predictor, answers.combine(predictor, predictions), f'{len(predictions)} slices together')
+        + f'<p class="quiet">Each slice by itself: {votes}{abstains}.</p>'
     )
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from absl import logging
@@ -215,11 +214,10 @@ def compute_answer(model, config, variables, batch):
       Logits float32 [n, classes], where `train.averages_flips` means of those of an image and its mirror image, and
       what the head sees of the images, float32 [n, channels].
     """
-    views = [batch, batch[:, :, ::-1]] if train.averages_flips(config) else [batch]
-    stacked = jnp.stack(views, axis=1)  # an image beside its mirror image: both are on one device
-    inputs = models.normalize(stacked.reshape(-1, *batch.shape[1:]))
+    views = train.stack_views(batch, train.averages_flips(config))
+    inputs = models.normalize(views.reshape(-1, *batch.shape[1:]))
     logits, outputs = model.apply(variables, inputs, return_features=True)
-    logits, pooled = (x.reshape(-1, len(views), x.shape[-1]) for x in (logits, outputs['pooled']))
+    logits, pooled = (x.reshape(-1, views.shape[1], x.shape[-1]) for x in (logits, outputs['pooled']))
     return logits.mean(axis=1), pooled[:, 0]
 
 

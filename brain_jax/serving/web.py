@@ -92,7 +92,7 @@ def listen(host, port):
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         reason = getattr(error, 'strerror', None) or error
         raise InputError(f'cannot listen on port {port} of {host}: {reason}; give another --port or --host') from None
 
