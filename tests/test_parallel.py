@@ -49,6 +49,7 @@ def test_checkpoint_of_eight_devices_on_fewer_and_back(tmp_path):
         import runpy
         import jax, numpy as np
         from brain_jax import checkpoints, models, parallel, train
+        jax.config.update('jax_disable_most_optimizations', True)  # most of the time goes into compiling
         config = runpy.run_path('configs/densenet121.py')['get_config']('scratch')
         config.model, config.image_size = '_DenseNetTiny', 32
         model = train.create_model(config, 4)

@@ -59,18 +59,18 @@ def test_blind_points():
     np.testing.assert_array_equal(points['usual place of the class'], [[19, 19], [50, 50]])
 
 
-def make_run(data, workdir, **changes):
+@pytest.fixture(scope='module')
+def workdir(data, tmp_path_factory):
+    """The folder of an evaluated run on generated heads."""
+    workdir = tmp_path_factory.mktemp('runs') / 'run'
     config = get_config('scratch')
-    config.update(
-        model='_DenseNetTiny', image_size=32, batch_size=16, eval_batch_size=24, num_epochs=1.0, **data, **changes
-    )  # fmt: skip
+    config.update(model='_DenseNetTiny', image_size=32, batch_size=16, eval_batch_size=24, num_epochs=1.0, **data)
     train.train_and_evaluate(config.lock(), workdir)
     evaluate.evaluate_run(workdir, workdir / 'evaluation_test')
     return workdir
 
 
-def test_script(data, tmp_path):
-    workdir = make_run(data, tmp_path / 'run')
+def test_script(workdir, tmp_path):
     command = [sys.executable, REPOSITORY / 'scripts/pointing_game.py', '--workdir', workdir]
     command += ['--output', tmp_path / 'out', '--images_per_class', '2']
     environment = os.environ | {'PYTHONPATH': str(REPOSITORY)}
@@ -85,13 +85,7 @@ def test_script(data, tmp_path):
         assert picture.format == 'PNG' and picture.width > 800
 
 
-def test_run_of_other_classes(data, tmp_path):
-    folder = tmp_path / 'other'
-    for split in ('Training', 'Testing'):
-        for name, other in (('glioma', 'cat'), ('notumor', 'dog')):
-            (folder / split).mkdir(parents=True, exist_ok=True)
-            (folder / split / other).symlink_to(pathlib.Path(data['data_dir'], split, name))
-    fields = {'data_dir': str(folder), 'prepared_dir': str(tmp_path / 'prepared')}
-    loaded = predictor.Predictor.from_workdir(make_run(fields, tmp_path / 'run'))
+def test_run_of_other_classes(workdir):
+    loaded = predictor.Predictor.from_workdir(workdir)._replace(class_names=('cat', 'dog', 'notumor', 'horse'))
     with pytest.raises(InputError, match=r'does not know glioma, meningioma, pituitary.*give a run of mode demo'):
         pointing_game.play(loaded, 2)
