@@ -94,14 +94,17 @@ def _half_layer(convolve, norm, conv, x, moments):
 
 @partial(jax.jit, static_argnums=0)
 def _half_layer_gradients(convolve, norm, conv, x, moments, grad):
-    """Returns the gradients of `norm`, `conv`, `x` and `moments` from that of the result of `_half_layer`."""
+    """Returns the gradients of `norm`, `conv`, `x` and `moments` from that of the result of `_half_layer`.
+
+    All are float32 or better. So that of `x` is rounded once, when it has been added to others, and XLA for TPU adds it
+    where it is computed: in the type of `x` it would write it, to read it again.
+    """
     activated = batch_norm_relu(norm, x, moments)
     grad, kernel_grad = jax.vjp(convolve, activated, conv['kernel'].astype(x.dtype))[1](grad)
-    grad = jnp.where(activated > 0, grad, 0)
     line, pull_back = jax.vjp(_as_line, norm, moments)
-    wide = grad.astype(line[0].dtype)
-    norm_grad, moments_grad = pull_back((jnp.sum(wide * x, axis=(0, 1, 2)), jnp.sum(wide, axis=(0, 1, 2))))
-    return norm_grad, {'kernel': kernel_grad.astype(wide.dtype)}, grad * line[0].astype(x.dtype), moments_grad
+    grad = jnp.where(activated > 0, grad, 0).astype(line[0].dtype)
+    norm_grad, moments_grad = pull_back((jnp.sum(grad * x, axis=(0, 1, 2)), jnp.sum(grad, axis=(0, 1, 2))))
+    return norm_grad, {'kernel': kernel_grad.astype(grad.dtype)}, grad * line[0], moments_grad
 
 
 _squeeze = partial(_half_layer, convolutions.pointwise_convolution)
@@ -155,7 +158,8 @@ def _backward(keep, residuals, grads):
             layer['0_bn'], layer['1_conv'], x, moments, _add_moments_grad(y, *y_grad)
         )
         layer_grads.append({'0_bn': norm_0, '1_conv': conv_1, '1_bn': norm_1, '2_conv': conv_2})
-        grad = FeatureMap(grad.value + x_grad, grad.moments and jax.tree.map(jnp.add, grad.moments, moments_grad))
+        value = (grad.value + x_grad).astype(grad.value.dtype)
+        grad = FeatureMap(value, grad.moments and jax.tree.map(jnp.add, grad.moments, moments_grad))
     return layer_grads[::-1], grad, None
 
 
@@ -171,11 +175,11 @@ def _add_moments_grad(x, grad, moments_grad):
     With n values a channel, d mean / d x = 1 / n and d var / d x = 2 (x - mean) / n.
     """
     if x.moments is None:
-        return grad
+        return grad.astype(x.value.dtype)
     count = x.value.size // x.value.shape[-1]
     slope = 2 / count * moments_grad.var
     offset = moments_grad.mean / count - slope * x.moments.mean
-    return (grad + x.value * slope + offset).astype(grad.dtype)
+    return (grad + x.value * slope + offset).astype(x.value.dtype)
 
 
 _apply_dense_block.defvjp(_forward, _backward)
