@@ -104,7 +104,7 @@ def server(workdir, tmp_path_factory):
         yield address
 
 
-def wait_until(is_so, seconds=60):
+def wait_until(is_so, seconds=120):
     end = time.monotonic() + seconds
     while not is_so():
         assert time.monotonic() < end, 'waited in vain'
