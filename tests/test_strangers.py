@@ -23,11 +23,12 @@ get_config = runpy.run_path(str(REPOSITORY / 'configs/densenet121.py'))['get_con
 
 def test_sets_are_images_and_equal_seeds_give_equal_ones():
     head, _ = phantom.draw_head(np.random.default_rng(0), 'glioma', 64)
-    sets, again = (strangers.make_sets([head], seed=0) for _ in range(2))
+    sets, again, other = (strangers.make_sets([head], seed=seed) for seed in (0, 0, 1))
     assert {'photographs', 'text', 'noise', 'blank', 'faces', 'other DICOM', 'inverted'} <= sets.keys()
     for name, pictures in sets.items():
         assert pictures and all(picture.dtype == np.uint8 and picture.ndim == 2 for picture in pictures), name
         assert all(map(np.array_equal, pictures, again[name]))
+    assert not all(map(np.array_equal, sets['noise'], other['noise']))
     np.testing.assert_array_equal(sets['inverted'][0], 255 - head)
     assert sets['cropped to an eighth'][0].size == pytest.approx(head.size / 8, rel=0.1)
     assert {tuple(np.unique(picture)) for picture in sets['blank'][:2]} == {(0,), (5,)}
