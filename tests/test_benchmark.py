@@ -83,7 +83,7 @@ def test_frozen_network_is_not_measured():
 
 
 def test_timed_steps_are_those_of_a_run(settings, tmp_path, monkeypatch):
-    """A run and its predictions compile the very programs that are timed."""
+    """A run, its evaluations and its predictions compile the very programs that are timed."""
     programs = {}
 
     def record(module, maker):
@@ -101,6 +101,7 @@ def test_timed_steps_are_those_of_a_run(settings, tmp_path, monkeypatch):
         monkeypatch.setattr(module, maker, make_recorded)
 
     record(train, 'make_train_step')
+    record(train, 'make_eval_step')
     record(finished_run, 'make_logits_step')
     phantom.make_phantom(tmp_path / 'phantom', train_per_class=16, test_per_class=4, image_size=32)
     config = ml_collections.ConfigDict(settings['config'])
@@ -112,9 +113,9 @@ def test_timed_steps_are_those_of_a_run(settings, tmp_path, monkeypatch):
     programs.clear()
 
     monkeypatch.setattr(contenders, 'NUM_IMAGES', len(run.dataset.train))  # the schedule is a part of the program
-    for task in ('train', 'inference'):
+    for task in ('train', 'evaluation', 'inference'):
         contenders.STEPS[task]['brain_jax'](ml_collections.ConfigDict(settings))()
-    assert len(of_run) == 2 and programs == of_run
+    assert len(of_run) == 3 and programs == of_run
 
 
 @pytest.mark.parametrize(('task', 'contender'), [('devices', 'brain_jax'), ('memory', 'brain_jax'), ('memory', 'flax')])

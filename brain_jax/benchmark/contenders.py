@@ -105,6 +105,18 @@ def infer_brain_jax(settings, contender='brain_jax'):
     return lambda: jax.tree.map(np.asarray, logits_step(variables, batch))
 
 
+def evaluate_brain_jax(settings, contender='brain_jax'):
+    """Makes the step that scores the validation and test images of a run, from grey bytes to metrics."""
+    import jax
+
+    from brain_jax import train
+
+    mesh, model, state = prepare_brain_jax(settings.config, contender)
+    eval_step = train.make_eval_step(model, settings.config, mesh)
+    batch = make_batch(settings.config, mesh)
+    return lambda: jax.block_until_ready(eval_step(state.eval_params, state.batch_stats, batch))
+
+
 def make_inputs(config):
     """Returns float32 [batch, height, width, 3] noise, as normalised images are, and int32 [batch] labels."""
     shape = (config.batch_size, config.image_size, config.image_size, 3)
@@ -259,6 +271,10 @@ STEPS = {
         'torch': train_torch,
         'torch_channels_last': functools.partial(train_torch, channels_last=True),
         'torch_bfloat16': functools.partial(train_torch, channels_last=True, bfloat16=True),
+    },
+    'evaluation': {
+        'brain_jax': evaluate_brain_jax,
+        'flax': functools.partial(evaluate_brain_jax, contender='flax'),
     },
     'export': {
         'brain_jax': infer_brain_jax,

@@ -31,7 +31,8 @@ def describe(report):
         f'{config["model"]} with random weights, batches of {config["batch_size"]} images of {config["image_size"]} '
         f'pixels, brain_jax in {config["dtype"]}; medians of {settings["rounds"]} rounds in turns, '
         f'{settings["seconds"]:g} seconds each, on the CPU.',
-        'A training step of brain_jax augments and clips as well, and its inference starts from grey bytes.',
+        'A training step of brain_jax augments and clips as well, and its inference starts from grey bytes; evaluation '
+        'is that of a run, of each image and its mirror image.',
         f'Set for all: GLIBC_TUNABLES={ours["GLIBC_TUNABLES"]}; for brain_jax: XLA_FLAGS="{ours["XLA_FLAGS"]}".',
     ]
 

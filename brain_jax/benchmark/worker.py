@@ -148,7 +148,7 @@ def run(task, contender, settings, requests):
     """Returns an iterator over the replies of a contender.
 
     Args:
-      task: 'inference', 'export', 'train', 'devices', 'memory', 'pipeline' or 'search'.
+      task: 'inference', 'evaluation', 'export', 'train', 'devices', 'memory', 'pipeline' or 'search'.
       contender: a name of `contenders.STEPS`.
       settings: `ConfigDict` of config, stage_sizes, growth_rate and cores.
       requests: lines of JSON.
