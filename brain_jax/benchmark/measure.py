@@ -21,7 +21,7 @@ from absl import logging
 from brain_jax import InputError, models
 from brain_jax.benchmark import contenders
 
-TASKS = ('inference', 'evaluation', 'export', 'train', 'compile', 'memory', 'pipeline', 'search')
+TASKS = ('inference', 'evaluation', 'export', 'train', 'remat', 'compile', 'memory', 'pipeline', 'search')
 REMAT = ('dense_layers', 'full')  # what config.remat may be, beside 'none'
 _VERSIONS = (
     'jax', 'jaxlib', 'flax', 'numpy', 'keras', 'tensorflow', 'tensorflow-cpu', 'torch', 'torchvision', 'onnx',
@@ -195,11 +195,12 @@ class Benchmark:
             self._leave_out(task, name or contender, str(error))
 
     def _remat_variants(self):
-        """Returns {name: settings} of brain_jax when it computes again for the gradients instead of keeping."""
-        return {
+        """Returns {name: settings} of brain_jax, and of when it computes more again instead of keeping it."""
+        if 'brain_jax' not in self._names:
+            return {}
+        return {'brain_jax': self.settings} | {
             f'brain_jax_{remat}': self.settings | {'config': self.settings['config'] | {'remat': remat}}
             for remat in REMAT
-            if 'brain_jax' in self._names
         }
 
     def measure_speed(self, task):
@@ -209,11 +210,18 @@ class Benchmark:
         settings = self.settings | {'config': config}
         with contextlib.ExitStack() as stack:
             workers = {name: self._start(stack, task, name, settings=settings) for name in self._choose(task)}
-            if task == 'train':
-                for name, settings in self._remat_variants().items():
-                    workers[name] = self._start(stack, task, 'brain_jax', name, settings)
             measured = self._measure_in_turns(task, {name: worker for name, worker in workers.items() if worker})
         self._add_rows(task, 'img/s', measured)
+
+    def measure_remat(self):
+        """Measures the training step of brain_jax under each `config.remat`: images a second."""
+        with contextlib.ExitStack() as stack:
+            workers = {
+                name: self._start(stack, 'train', 'brain_jax', name, settings)
+                for name, settings in self._remat_variants().items()
+            }
+            measured = self._measure_in_turns('remat', {name: worker for name, worker in workers.items() if worker})
+        self._add_rows('remat', 'img/s', measured)
 
     def measure_compile(self):
         """Measures the seconds of the first training step, without and with what an earlier process compiled."""
@@ -235,8 +243,7 @@ class Benchmark:
 
     def measure_memory(self):
         """Measures the bytes that a training step needs beside parameters and batch, an image."""
-        variants = {'brain_jax': self.settings, **self._remat_variants()}
-        variants |= dict.fromkeys(self._choose('train', ('flax', 'torch')), self.settings)
+        variants = self._remat_variants() | dict.fromkeys(self._choose('train', ('flax', 'torch')), self.settings)
         temporary, resident = {}, {}
         for name, settings in variants.items():
             contender = 'brain_jax' if name.startswith('brain_jax') else name
