@@ -1,17 +1,20 @@
 """What README and docs tell to do: the tutorial is done, and every other command is one that its program accepts."""
 
+import contextlib
 import json
 import os
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
-import urllib.request
 
 import pytest
 from _pytest.mark import expression
+
+httpx = pytest.importorskip('httpx')
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 PAGES = [REPOSITORY / 'README.md', *sorted((REPOSITORY / 'docs').glob('*.md'))]
@@ -19,9 +22,26 @@ PAGES = [REPOSITORY / 'README.md', *sorted((REPOSITORY / 'docs').glob('*.md'))]
 SMALL = [
     '--config.model=_DenseNetTiny',
     '--config.image_size=32',
+    '--config.batch_size=16',
     '--config.num_epochs=1',
     '--config.learning_rate=3e-3',
 ]
+
+# Flags of other programs, and what makes them quick.
+QUICK = {'--train_per_class': '16', '--test_per_class': '5', '--images_per_class': '1', '--seconds': '2'}
+# What names in capitals stand for.
+PLACEHOLDERS = {'DATA': 'data', 'GROUPS': 'groups.csv', 'WEIGHTS': 'weights.safetensors'}
+# Commands that `test_all_commands` does not give, by a word of theirs, and what does.
+ELSEWHERE = {
+    'pytest': 'the suite and `make soak`',
+    '-k': 'the same',
+    'venv': 'who installs',
+    'scripts/benchmark.py': 'test_benchmark.py',
+    'scripts/compile_for.py': 'test_compiled.py',
+    'scripts/document_config.py': 'test_fields_are_those_of_the_configuration',
+    '--config.distributed': 'test_distributed.py',
+    'imagenet': 'nobody: it downloads',
+}
 
 
 def read_commands(page):
@@ -141,35 +161,76 @@ def test_fields_are_those_of_the_configuration(tmp_path):
     assert (tmp_path / 'config.md').read_text() == (REPOSITORY / 'docs/config.md').read_text()
 
 
+class Reader:
+    """Gives the commands of the pages in a folder of its own, with less data and a smaller network than they name."""
+
+    def __init__(self, folder):
+        self.folder, self.server = folder, None
+        for name in ('scripts', 'configs'):
+            (folder / name).symlink_to(REPOSITORY / name)
+        self._environment = os.environ | {'PYTHONPATH': str(REPOSITORY), 'TFDS_DATA_DIR': str(folder / 'tfds')}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *unused_error):
+        if self.server:
+            self.server.terminate()
+            assert self.server.wait(60) == 0
+            self.server = None
+
+    def give(self, words):
+        """Gives one command, which must end well; a server goes on until the next one, or the end."""
+        if words[0] == 'curl':
+            self._ask(words)
+            return
+        command = [sys.executable, *words[1:]]
+        for flag, value in QUICK.items():
+            if flag in command:
+                command[command.index(flag) + 1] = value
+        if 'brain_jax.main' in words or 'scripts/cross_validate.py' in words:
+            command += SMALL
+        if 'scripts/serve.py' in words:
+            self._serve(command)
+            return
+        if 'scripts/load_test.py' in words:
+            command[command.index('--url') + 1] = self._address()
+        done = subprocess.run(command, cwd=self.folder, env=self._environment, capture_output=True, text=True)
+        assert done.returncode == 0, (words, done.stderr[-2000:])
+
+    def _serve(self, command):
+        self.__exit__()
+        self._log = self.folder / 'serve.log'
+        with open(self._log, 'w') as log:
+            command = [*command, '--port', '0']
+            self.server = subprocess.Popen(command, cwd=self.folder, env=self._environment, stdout=log, stderr=log)
+
+    def _address(self):
+        """Returns the server's address, which its log tells, once it is ready."""
+        deadline = time.monotonic() + 300  # on a busy machine it takes long to compile
+        while True:
+            if address := re.search(r'http://127\.0\.0\.1:\d+', self._log.read_text()):
+                with contextlib.suppress(httpx.TransportError):
+                    if httpx.get(f'{address[0]}/healthz').status_code == 200:
+                        return address[0]
+            assert time.monotonic() < deadline and self.server.poll() is None, self._log.read_text()
+            time.sleep(0.5)
+
+    def _ask(self, words):
+        """Asks the server as `curl --form NAME=VALUE ... URL` does; the answer names a class."""
+        fields = dict(word.split('=', 1) for word in words[1:-1] if word != '--form')
+        path = self.folder / fields.pop('files').removeprefix('@')
+        url = self._address() + words[-1].partition(':8000')[2]
+        reply = httpx.post(url, files={'files': (path.name, path.read_bytes())}, data=fields, timeout=300)
+        assert reply.status_code == 200 and 'glioma' in reply.text, (words, reply.text)
+
+
 def test_tutorial(tmp_path):
-    """Its commands, in their order, with a smaller network: each ends well, and leaves what the page says."""
+    """Its commands, in their order: each ends well, and leaves what the page says."""
     pytest.importorskip('gradio')
-    for name in ('scripts', 'configs'):
-        (tmp_path / name).symlink_to(REPOSITORY / name)
-    environment = os.environ | {'PYTHONPATH': str(REPOSITORY), 'TFDS_DATA_DIR': str(tmp_path / 'tfds')}
-    server = None
-    try:
+    with Reader(tmp_path) as reader:
         for words in read_commands(REPOSITORY / 'docs/tutorial.md'):
-            if words[0] == 'curl':
-                check_answer(server, words)
-                continue
-            command = [sys.executable, *words[1:]]
-            if 'scripts/make_phantom.py' in words:
-                command[command.index('250')], command[command.index('50')] = '16', '5'
-            if 'brain_jax.main' in words:
-                command += SMALL
-            if 'scripts/serve.py' in words:
-                command[command.index('8000')] = '0'
-                with open(tmp_path / 'serve.log', 'w') as log:
-                    server = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
-                server.log = tmp_path / 'serve.log'
-                continue
-            done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-            assert done.returncode == 0, (words, done.stderr[-2000:])
-    finally:
-        if server:
-            server.terminate()
-            assert server.wait(60) == 0
+            reader.give(words)
     assert (tmp_path / 'audit/audit.html').exists()
     assert (tmp_path / 'runs/tutorial/evaluation_test/report.html').exists()
     rows = (tmp_path / 'answers.csv').read_text().splitlines()
@@ -178,21 +239,39 @@ def test_tutorial(tmp_path):
     assert (tmp_path / 'tutorial.keras').exists() and (tmp_path / 'faster.csv').exists()
 
 
-def check_answer(server, words):
-    """Asks the server, whose address its log tells, as `curl` would; the answer names a class."""
-    deadline = time.monotonic() + 300  # on a busy machine it takes long to compile
-    while not (address := re.search(r'http://127\.0\.0\.1:\d+', server.log.read_text())):
-        assert time.monotonic() < deadline and server.poll() is None, server.log.read_text()
-        time.sleep(0.5)
-    path = words[-1].partition(':8000')[2]
-    picture = pathlib.Path(server.log.parent, words[2].partition('@')[2]).read_bytes()
-    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + picture + b'\r\n--x--\r\n'
-    headers = {'Content-Type': 'multipart/form-data; boundary=x'}
-    while True:
-        try:
-            with urllib.request.urlopen(urllib.request.Request(address[0] + path, body, headers)) as response:
-                assert b'glioma' in response.read()
-                return
-        except OSError:
-            assert time.monotonic() < deadline and server.poll() is None
-            time.sleep(0.5)
+def prepare(reader):
+    """Makes what the pages take for granted: data, their groups, weights, a run of the demo, scans."""
+    pydicom_data, testing = (pytest.importorskip(name) for name in ('pydicom.data', 'nibabel.testing'))
+    for command in (
+        'python scripts/make_phantom.py --output_dir data --train_per_class 16 --test_per_class 5 --image_size 64',
+        'python scripts/audit_dataset.py --data_dir data --output audit',
+        'python -m brain_jax.main --config configs/densenet121.py:demo --workdir runs/demo',
+        'python scripts/evaluate.py --workdir runs/demo',
+        'python scripts/export.py --workdir runs/demo --format safetensors --output weights.safetensors',
+    ):
+        reader.give(command.split())
+    folder = reader.folder
+    shutil.copy(folder / 'audit/groups.csv', folder / 'groups.csv')
+    shutil.copytree(folder / 'data/Testing/glioma', folder / 'pictures')
+    shutil.copy(pydicom_data.get_testdata_file('MR_small.dcm'), folder / 'scan.dcm')
+    shutil.copy(testing.data_path / 'example4d.nii.gz', folder / 'volume.nii.gz')
+
+
+@pytest.mark.soak
+def test_all_commands(tmp_path):
+    """Those of README and docs, one page after the other, in one folder."""
+    pytest.importorskip('gradio')
+    given = 0
+    with Reader(tmp_path) as reader:
+        prepare(reader)
+        for page, words in all_commands():
+            line = re.sub(r'\[[^]]*\]', '', ' '.join(words))  # what may be left out
+            if any(re.search(rf'(^|[ =/]){word}', line) for word in ELSEWHERE):
+                continue
+            given += 1
+            for name, meaning in {**PLACEHOLDERS, 'N': f'runs/{given}'}.items():
+                line = re.sub(rf'\b{name}\b', meaning, line)
+            print(f'{page}: {line}', flush=True)
+            reader.give(line.split())
+    print(f'{given} commands were given')
+    assert given > 40
