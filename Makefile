@@ -4,6 +4,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
+# Tests wait for what they start a third of the time: one more than there are cores.
+WORKERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
+
 .DEFAULT_GOAL := help
 .PHONY: help .venv demo test soak lint format clean
 
@@ -16,7 +19,7 @@ demo: .venv/installed  ## Train on generated images into runs/demo; needs no dat
 	$(BIN)/python -m brain_jax.main --config configs/densenet121.py:demo --workdir runs/demo
 
 test: lint  ## Check the style and run the tests
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile
 
 soak: .venv/installed-test  ## Run the long tests of what may go wrong: an hour
 	$(BIN)/python -m pytest -m soak -s

@@ -128,7 +128,7 @@ def load_pretrained(source, variables):
 
     Args:
       source: as for `read_weights`.
-      variables: {'params': ..., 'batch_stats': ...} of a `models.DenseNet`, any arrays.
+      variables: {'params': ..., 'batch_stats': ...} of a `models.DenseNet`, any arrays; below the head shapes will do.
 
     Returns:
       variables: the same tree with the arrays of the file (float32 numpy). A head that the file does not have, or has

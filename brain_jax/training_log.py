@@ -7,7 +7,7 @@ import flax.traverse_util
 import jax
 import numpy as np
 from absl import logging
-from clu import asynclib, metric_writers, parameter_overview
+from clu import asynclib, parameter_overview
 
 from brain_jax import InputError, augment, metrics
 
@@ -21,6 +21,8 @@ def open_writer(workdir):
     Raises:
       InputError: where TensorBoard's files cannot be written.
     """
+    from clu import metric_writers  # brings TensorFlow, for which a program that only answers should not wait
+
     writers = []
     if jax.process_index() == 0:
         writers.append(metric_writers.SummaryWriter(str(workdir)))
@@ -36,6 +38,16 @@ def open_writer(workdir):
             f"TensorBoard's files in {workdir} cannot be written: {reason}; the checkpoints that are saved stand, and "
             'the same command goes on from the latest'
         ) from error
+
+
+def make_hooks(writer, config, workdir, total_steps):
+    """Returns what is called with the number of every step: it tells of progress, and profiles where asked to."""
+    from clu import periodic_actions  # brings TensorFlow, as above
+
+    hooks = [periodic_actions.ReportProgress(num_train_steps=total_steps, writer=writer)]
+    if config.profile and jax.process_index() == 0:
+        hooks.append(periodic_actions.Profile(logdir=str(workdir), num_profile_steps=3, profile_duration_ms=None))
+    return hooks
 
 
 def hyperparameters(config):

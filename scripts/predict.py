@@ -13,11 +13,9 @@ import os
 import re
 import sys
 
-# TensorFlow reads these on import. It only reads data and writes logs here, and has nothing to tell about that.
+# Read by the compiler of JAX when it is imported: it has nothing to tell the user.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
 
-import tensorflow as tf
 import tqdm
 from absl import app, flags, logging
 
@@ -88,7 +86,6 @@ def answer(paths):
 
 
 def main(argv):
-    tf.config.set_visible_devices([], 'GPU')  # else TensorFlow takes the memory that JAX needs
     logging.set_verbosity(logging.WARNING)
     try:
         paths = answers.find_files(argv[1:], sys.stdin)

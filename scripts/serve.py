@@ -7,11 +7,9 @@ curl --form files=@image.png http://127.0.0.1:8000/api/predict
 import os
 import sys
 
-# TensorFlow reads these on import. It does nothing here but be imported.
+# Read by the compiler of JAX when it is imported: it has nothing to tell the user.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
 
-import tensorflow as tf
 from absl import app, flags, logging
 
 from brain_jax import InputError
@@ -41,7 +39,6 @@ _RUNTIME = flags.DEFINE_enum(
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f'unexpected argument {argv[1]!r}')
-    tf.config.set_visible_devices([], 'GPU')  # else TensorFlow takes the memory that JAX needs
     logging.set_verbosity(logging.WARNING)
     try:
         from brain_jax.serving import web  # needs optional packages

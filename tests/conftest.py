@@ -38,6 +38,18 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
+def quick_compilation():
+    """Compiles without LLVM's optimisations, here and in started processes: for what is correct, however slow it is."""
+    import jax
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+        jax.config.update('jax_disable_most_optimizations', True)
+        yield
+        jax.config.update('jax_disable_most_optimizations', False)
+
+
+@pytest.fixture(scope='module')
 def reader_process(tmp_path_factory):
     """Returns a function (reader, path) -> what came of it, see `reader_process.serve`."""
     root = pathlib.Path(__file__).parents[1]

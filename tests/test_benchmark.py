@@ -18,6 +18,7 @@ from brain_jax import InputError, finished_run, train
 from brain_jax.benchmark import contenders, measure, worker
 from brain_jax.data import phantom
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 REPOSITORY = pathlib.Path(__file__).parents[1]
 get_config = runpy.run_path(str(REPOSITORY / 'configs/densenet121.py'))['get_config']
 

@@ -11,6 +11,7 @@ import pytest
 
 from brain_jax import InputError, compiled
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 REPOSITORY = pathlib.Path(__file__).parents[1]
 COMMAND = [sys.executable, 'scripts/compile_for.py', '--config=configs/densenet121.py', '--config.dtype=bfloat16']
 

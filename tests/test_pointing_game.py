@@ -16,6 +16,7 @@ from brain_jax.data import phantom
 from brain_jax.evaluation import evaluate, pointing_game
 from brain_jax.serving import predictor
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 REPOSITORY = pathlib.Path(__file__).parents[1]
 get_config = runpy.run_path(str(REPOSITORY / 'configs/densenet121.py'))['get_config']
 

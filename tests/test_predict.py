@@ -222,6 +222,12 @@ def test_terminal_gets_a_table(run, data):
     assert len(lines) == 2 and lines[0].startswith('predicted') and lines[1].endswith(f'  {path}')
 
 
+def test_tensorflow_is_not_loaded():
+    """It would be most of the time until the first answer, and of the memory."""
+    program = "import sys, brain_jax.serving.predictor; sys.exit('tensorflow' in sys.modules)"
+    subprocess.run([sys.executable, '-c', program], cwd=REPOSITORY, check=True)
+
+
 def test_find_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ('b/2.png', 'b/10.png', 'b/.hidden', 'b/.git/x.png', 'a/deep/er/1.dcm', 'c[1].png', 'c2.png'):

@@ -14,6 +14,7 @@ from brain_jax.data import images
 from brain_jax.evaluation import evaluate, out_of_distribution
 from brain_jax.serving import predictor
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 get_config = runpy.run_path(str(pathlib.Path(__file__).parents[1] / 'configs/densenet121.py'))['get_config']
 
 

@@ -17,6 +17,7 @@ from tensorboard.util import tensor_util
 from brain_jax import InputError, checkpoints, finished_run, models, parallel, run_folder, train
 from brain_jax.data import pipeline
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 REPOSITORY = pathlib.Path(__file__).parents[1]
 get_config = runpy.run_path(str(REPOSITORY / 'configs/densenet121.py'))['get_config']
 TINY = {
@@ -143,6 +144,14 @@ def test_finished_run_is_not_run_again(finished):
     before = (workdir / 'summary.json').stat().st_mtime_ns
     assert train.train_and_evaluate(config, workdir) == summary
     assert (workdir / 'summary.json').stat().st_mtime_ns == before
+
+
+def test_fresh_head_is_that_of_a_network_of_random_numbers():
+    config = make_config({}, seed=3)
+    model = train.create_model(config, 4)
+    whole, head = (train.init_variables(config, model, head_alone) for head_alone in (False, True))
+    assert_trees_equal(whole['params'].pop('predictions'), head['params'].pop('predictions'))
+    assert jax.tree.map(jnp.shape, whole) == jax.tree.map(jnp.shape, head)
 
 
 def test_one_seed_gives_one_result_and_another_another(finished, data, tmp_path):
@@ -407,8 +416,9 @@ def test_frozen_imagenet_features_tell_real_images_apart(shared, tmp_path):
         'frozen',
         model='DenseNet121',
         image_size=64,
-        num_epochs=100.0,
-        eval_every_epochs=50.0,
+        num_epochs=30.0,
+        eval_every_epochs=30.0,
+        log_every_steps=1000,
         checkpoint_every_steps=10_000,
         pretrained=str(shared / 'weights/densenet121_weights_tf_dim_ordering_tf_kernels.h5'),
     )

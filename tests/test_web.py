@@ -43,6 +43,7 @@ batching, gate, service, uploads = (
     importlib.import_module(f'brain_jax.serving.{name}') for name in ('batching', 'gate', 'service', 'uploads')
 )
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 ROOT = pathlib.Path(__file__).parents[1]
 get_config = runpy.run_path(str(ROOT / 'configs/densenet121.py'))['get_config']
 
