@@ -19,7 +19,7 @@ demo: .venv/installed  ## Train on generated images into runs/demo; needs no dat
 	$(BIN)/python -m brain_jax.main --config configs/densenet121.py:demo --workdir runs/demo
 
 test: lint  ## Check the style and run the tests
-	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 soak: .venv/installed-test  ## Run the long tests of what may go wrong: an hour
 	$(BIN)/python -m pytest -m soak -s

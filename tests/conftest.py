@@ -17,6 +17,17 @@ CACHE = tempfile.TemporaryDirectory(prefix='brain_jax_tests_')
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', CACHE.name)
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
 
+# Files that take a minute or more start first: at the end one of them would keep a single core busy.
+SLOW = (
+    'distributed', 'train', 'documentation', 'faults', 'pretrained', 'export', 'web', 'interruption',
+    'cross_validation', 'benchmark', 'pipeline', 'models', 'compiled', 'predict', 'network', 'small_data',
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    names = [f'test_{name}' for name in SLOW]
+    items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else len(names))
+
 
 @pytest.fixture(scope='session')
 def shared():
