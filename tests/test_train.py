@@ -79,8 +79,8 @@ def read_scalars(workdir):
     return scalars, images
 
 
-@pytest.fixture(scope='session')
-def finished(data, tmp_path_factory):
+@pytest.fixture(scope='module')
+def finished(data, tmp_path_factory, quick_compilation):
     """One finished run: configuration, workdir, summary, variables."""
     config = make_config(data, ema_decay=0.5, class_weights='balanced', mixup=0.2, gradient_accumulation=2)
     workdir = tmp_path_factory.mktemp('run')
