@@ -21,7 +21,7 @@ demo: .venv/installed  ## Train on generated images into runs/demo; needs no dat
 test: lint  ## Check the style and run the tests
 	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-soak: .venv/installed-test  ## Run the long tests of what may go wrong: an hour
+soak: .venv/installed-test  ## Run the long tests of what may go wrong, and every command of the docs: over an hour
 	$(BIN)/python -m pytest -m soak -s
 
 lint: .venv/installed-test  ## Check the style

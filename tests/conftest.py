@@ -19,8 +19,8 @@ os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
 
 # Files that take a minute or more start first: at the end one of them would keep a single core busy.
 SLOW = (
-    'distributed', 'train', 'documentation', 'faults', 'pretrained', 'export', 'web', 'interruption',
-    'cross_validation', 'benchmark', 'pipeline', 'models', 'compiled', 'predict', 'network', 'small_data',
+    'train', 'distributed', 'faults', 'pretrained', 'export', 'web', 'interruption', 'cross_validation',
+    'benchmark', 'pipeline', 'models', 'compiled', 'predict', 'network', 'small_data',
 )  # fmt: skip
 
 

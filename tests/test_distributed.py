@@ -54,7 +54,9 @@ def one_process(data, tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize(('processes', 'devices'), [(2, 2), (4, 1), pytest.param(4, 2, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    ('processes', 'devices'), [(2, 2), *(pytest.param(4, n, marks=pytest.mark.soak) for n in (1, 2))]
+)
 def test_processes_do_what_one_does_with_their_devices(processes, devices, data, one_process, tmp_path):
     workdir = tmp_path / 'run'
     summary, variables = run(SETTINGS | data, workdir, processes=processes, devices=devices)
@@ -104,7 +106,8 @@ def check_killed(killed, changes, workdir, after):
     return checkpoint_steps(workdir)[-1]
 
 
-@pytest.mark.parametrize('process', [1, pytest.param(0, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize('process', [0, 1])
 def test_one_of_two_processes_is_asked_to_stop_then_killed(process, data, tmp_path):
     """The same command goes on, both times, and ends as one process with two devices that is never stopped."""
     workdir, changes = tmp_path / 'run', SETTINGS | data | LONGER
