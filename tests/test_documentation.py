@@ -28,7 +28,7 @@ SMALL = [
 ]
 
 # Flags of other programs, and what makes them quick.
-QUICK = {'--train_per_class': '16', '--test_per_class': '5', '--images_per_class': '1', '--seconds': '2'}
+QUICK = {'--train_per_class': '16', '--test_per_class': '5', '--images_per_class': '2', '--seconds': '2'}
 # What names in capitals stand for.
 PLACEHOLDERS = {'DATA': 'heads', 'GROUPS': 'groups.csv', 'WEIGHTS': 'weights.safetensors'}
 # Commands that `test_all_commands` does not give, by a word of theirs, and what does.
@@ -239,6 +239,7 @@ def prepare(reader):
     folder = reader.folder
     shutil.copy(folder / 'audit/groups.csv', folder / 'groups.csv')
     shutil.copytree(folder / 'heads/Testing/glioma', folder / 'pictures')
+    shutil.copy(min((folder / 'pictures').iterdir()), folder / 'image.png')
     shutil.copy(pydicom_data.get_testdata_file('MR_small.dcm'), folder / 'scan.dcm')
     shutil.copy(testing.data_path / 'example4d.nii.gz', folder / 'volume.nii.gz')
 
