@@ -82,8 +82,9 @@ def programs():
 
 PARSE = """
 import importlib, json, os, sys
+import tensorflow  # what takes long to import, once
 from absl import flags
-from brain_jax.serving import export  # all that takes long to import, once
+from brain_jax.serving import export
 for program, commands in json.load(sys.stdin).items():
     for arguments in commands:
         if os.fork():  # flags can be defined and given once
