@@ -11,10 +11,9 @@ import subprocess
 import sys
 import time
 
+import httpx
 import pytest
 from _pytest.mark import expression
-
-httpx = pytest.importorskip('httpx')
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 PAGES = [REPOSITORY / 'README.md', *sorted((REPOSITORY / 'docs').glob('*.md'))]
@@ -166,7 +165,7 @@ class Reader:
     """Gives the commands of the pages in a folder of its own, with less data and a smaller network than they name."""
 
     def __init__(self, folder):
-        self.folder, self.server = folder, None
+        self.folder, self._server = folder, None
         for name in ('scripts', 'configs'):
             (folder / name).symlink_to(REPOSITORY / name)
         self._environment = os.environ | {'PYTHONPATH': str(REPOSITORY), 'TFDS_DATA_DIR': str(folder / 'tfds')}
@@ -175,10 +174,7 @@ class Reader:
         return self
 
     def __exit__(self, *unused_error):
-        if self.server:
-            self.server.terminate()
-            assert self.server.wait(60) == 0
-            self.server = None
+        self._stop()
 
     def give(self, words):
         """Gives one command, which must end well; a server goes on until the next one, or the end."""
@@ -199,12 +195,18 @@ class Reader:
         done = subprocess.run(command, cwd=self.folder, env=self._environment, capture_output=True, text=True)
         assert done.returncode == 0, (words, done.stderr[-2000:])
 
+    def _stop(self):
+        if self._server:
+            self._server.terminate()
+            assert self._server.wait(60) == 0
+            self._server = None
+
     def _serve(self, command):
-        self.__exit__()
+        self._stop()
         self._log = self.folder / 'serve.log'
         with open(self._log, 'w') as log:
             command = [*command, '--port', '0']
-            self.server = subprocess.Popen(command, cwd=self.folder, env=self._environment, stdout=log, stderr=log)
+            self._server = subprocess.Popen(command, cwd=self.folder, env=self._environment, stdout=log, stderr=log)
 
     def _address(self):
         """Returns the server's address, which its log tells, once it is ready."""
@@ -214,7 +216,7 @@ class Reader:
                 with contextlib.suppress(httpx.TransportError):
                     if httpx.get(f'{address[0]}/healthz').status_code == 200:
                         return address[0]
-            assert time.monotonic() < deadline and self.server.poll() is None, self._log.read_text()
+            assert time.monotonic() < deadline and self._server.poll() is None, self._log.read_text()
             time.sleep(0.5)
 
     def _ask(self, words):

@@ -171,8 +171,8 @@ class Benchmark:
             )
 
     def _measure_in_turns(self, task, workers):
-        """Returns {name: list of images a second} of running workers; one that fails is left out."""
-        measured = {name: [] for name in workers}
+        """Returns {name: list of images a second} of workers; one that did not start, or fails, is left out."""
+        measured = {name: [] for name, worker in workers.items() if worker}
         for turn in range(self.rounds + 1):
             # Every other round in reverse order: none always comes after the same neighbour.
             for name in list(measured)[:: -1 if turn % 2 else 1]:
@@ -210,7 +210,7 @@ class Benchmark:
         settings = self.settings | {'config': config}
         with contextlib.ExitStack() as stack:
             workers = {name: self._start(stack, task, name, settings=settings) for name in self._choose(task)}
-            measured = self._measure_in_turns(task, {name: worker for name, worker in workers.items() if worker})
+            measured = self._measure_in_turns(task, workers)
         self._add_rows(task, 'img/s', measured)
 
     def measure_remat(self):
@@ -220,7 +220,7 @@ class Benchmark:
                 name: self._start(stack, 'train', 'brain_jax', name, settings)
                 for name, settings in self._remat_variants().items()
             }
-            measured = self._measure_in_turns('remat', {name: worker for name, worker in workers.items() if worker})
+            measured = self._measure_in_turns('remat', workers)
         self._add_rows('remat', 'img/s', measured)
 
     def measure_compile(self):
